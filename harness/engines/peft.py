@@ -1,0 +1,407 @@
+"""The reference engine: transformers and PEFT in this process.
+
+The base is loaded once and every adapter once; a mode is entered for a call and left after it.
+Greedy by default, left-padded batches, results in the order of the prompts. Knows nothing of
+snapshots, verdicts or reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from harness.adapter_files import AdapterFiles, read_adapter
+from harness.checkpoint_files import read_checkpoint
+from harness.completion import (
+    Application,
+    Completion,
+    GenerationSettings,
+    Prompt,
+    StopReason,
+)
+from harness.engines.application import apply_live, apply_merged, rest
+from harness.engines.loading import (
+    choose_device,
+    choose_dtype,
+    load_adapters,
+    load_base,
+    load_tokenizer,
+)
+from harness.errors import InputError
+from harness.stack import AdapterStack, Mode
+from harness.tensor_files import DTYPE_BYTES
+
+__all__ = ["PeftEngine", "Progress"]
+
+#: Called with the mode's name and a share of the work done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+_BATCH_SIZE = {"cpu": 16}
+_BATCH_SIZE_ELSEWHERE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """A prompt's place in the caller's list, and its token ids."""
+
+    place: int
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+class PeftEngine:
+    """One loaded stack. Prefer `harness.load_engine`, and use it as a context manager.
+
+    Attributes:
+        model: the PEFT-wrapped model (the plain base for a stack without adapters); at rest, with
+            every adapter off.
+        tokenizer: the base's, padding left.
+        files: the adapters' files by name.
+        generation_config: what the base's folder says about generating; only its EOS ids are used.
+        template_source: whose chat template is used.
+    """
+
+    def __init__(
+        self,
+        stack: AdapterStack,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.stack = stack
+        self.files: dict[str, AdapterFiles] = {
+            adapter.name: read_adapter(adapter.path) for adapter in stack.adapters
+        }
+        chosen_dtype = choose_dtype(dtype)
+        self.checkpoint = read_checkpoint(stack.base.path)
+        weight_bytes = sum(
+            entry.count
+            * (DTYPE_BYTES[entry.dtype] if isinstance(chosen_dtype, str) else chosen_dtype.itemsize)
+            for shard in self.checkpoint.shards
+            for entry in shard.entries.values()
+        )
+        self._placement = choose_device(device, weight_bytes)
+        self.tokenizer, self.template_source = load_tokenizer(
+            stack, trust_remote_code=trust_remote_code
+        )
+        model = load_base(
+            self.checkpoint,
+            device=self._placement,
+            dtype=chosen_dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        self.generation_config = model.generation_config
+        eos = self.generation_config.eos_token_id
+        self.eos_token_ids: tuple[int, ...] = (
+            () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        )
+        # A checkpoint's own sampling settings would leak into every call that leaves one unset.
+        model.generation_config = GenerationConfig(eos_token_id=list(self.eos_token_ids) or None)
+        _keep_head_contiguous(model)
+        self.model = load_adapters(model, stack.adapters, self.files, self._placement)
+        if stack.adapters:
+            rest(self.model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model's memory back. The engine cannot be used after."""
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def device(self) -> str:
+        """Where inputs go: the device of the embedding."""
+        return str(self.model.get_input_embeddings().weight.device)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the base's weights, e.g. `float32`."""
+        return str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model was built for; prompt and completion share them."""
+        config = self.model.config
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+    @contextlib.contextmanager
+    def mode(
+        self, mode: Mode | str, application: Application = Application.LIVE
+    ) -> Iterator[torch.nn.Module]:
+        """Enter *mode* for the block; yields the model with exactly its adapters applied.
+
+        Raises:
+            ActivationError: what is active, read back per layer, is not the mode.
+            InputError: an unknown mode, or an application that this engine does not have.
+        """
+        chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
+        for name in chosen.adapters:
+            self.stack.adapter(name)
+        if not self.stack.adapters:
+            yield self.model
+            return
+        if application is Application.LIVE:
+            entered = apply_live(self.model, chosen)
+        elif application is Application.MERGED:
+            entered = apply_merged(self.model, chosen, self.files)
+        else:
+            raise InputError(
+                f"the application {application} is not done in memory",
+                where="application",
+                remedy="use live or merged",
+            )
+        with entered:
+            yield self.model
+
+    def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's token ids, through the chat template if it has messages.
+
+        Raises:
+            InputError: there is no chat template, or it refuses the messages; an empty prompt; a
+                prompt that fills the context.
+        """
+        if prompt.text is not None:
+            ids = self.tokenizer(prompt.text)["input_ids"]
+        else:
+            ids = self._templated(prompt)
+        if not ids:
+            raise InputError("has no tokens", where=f"prompt {prompt.id}", remedy="write some text")
+        if len(ids) >= self.context_length:
+            raise InputError(
+                f"has {len(ids)} tokens, the model's context holds {self.context_length}",
+                where=f"prompt {prompt.id}",
+                remedy="shorten it",
+            )
+        return tuple(ids)
+
+    def _templated(self, prompt: Prompt) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                "neither the base nor an adapter has a chat template",
+                where=f"prompt {prompt.id}",
+                remedy='put chat_template.jinja into the base\'s folder, or use format = "text"',
+            )
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        goes_on = messages[-1]["role"] == "assistant"
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+                return_dict=False,
+            )
+        except Exception as error:  # templates raise what they like
+            raise InputError(
+                f"the chat template refuses it: {error}", where=f"prompt {prompt.id}"
+            ) from error
+        return ids
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        mode: Mode | str,
+        settings: GenerationSettings | None = None,
+        *,
+        application: Application = Application.LIVE,
+        progress: Progress | None = None,
+    ) -> tuple[Completion, ...]:
+        """Complete every prompt in *mode*; the results come in the order of the prompts."""
+        settings = settings or GenerationSettings()
+        if settings.do_sample and settings.seed is None:
+            raise InputError("do_sample needs a seed", where="generation", remedy="set seed = 0")
+        chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
+        requests = [
+            _Request(place=place, prompt=prompt, ids=self.token_ids(prompt))
+            for place, prompt in enumerate(prompts)
+        ]
+        done: dict[int, Completion] = {}
+        with self.mode(chosen, application), torch.inference_mode():
+            for batch in self._batches(requests, settings):
+                start, share = len(done) / len(requests), len(batch) / len(requests)
+
+                def report(part: float, start: float = start, share: float = share) -> None:
+                    if progress is not None:
+                        progress(chosen.name, start + share * part)
+
+                rows = self._generate_batch(batch, settings, report)
+                for request, row in zip(batch, rows, strict=True):
+                    done[request.place] = self._completion(
+                        request, row, chosen, application, settings
+                    )
+                report(1.0)
+        return tuple(done[place] for place in range(len(requests)))
+
+    def _batches(
+        self, requests: Sequence[_Request], settings: GenerationSettings
+    ) -> Iterator[list[_Request]]:
+        """Prompts of like length together; the cut depends on nothing but the prompts."""
+        kind = torch.device(self.device).type
+        size = settings.batch_size or _BATCH_SIZE.get(kind, _BATCH_SIZE_ELSEWHERE)
+        ordered = sorted(requests, key=lambda request: (len(request.ids), request.place))
+        for start in range(0, len(ordered), size):
+            yield ordered[start : start + size]
+
+    def _room(self, length: int, settings: GenerationSettings) -> int:
+        return min(settings.max_new_tokens, self.context_length - length)
+
+    def _generate_batch(
+        self,
+        batch: Sequence[_Request],
+        settings: GenerationSettings,
+        report: Callable[[float], None],
+    ) -> list[list[int]]:
+        width = max(len(request.ids) for request in batch)
+        pad = self._pad_token_id
+        ids = torch.full((len(batch), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(batch):
+            ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
+            mask[row, width - len(request.ids) :] = 1
+        new_tokens = max(self._room(len(request.ids), settings) for request in batch)
+        config = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=settings.do_sample,
+            num_beams=1,
+            repetition_penalty=settings.repetition_penalty,
+            eos_token_id=list(self.eos_token_ids) or None,
+            pad_token_id=pad,
+            stop_strings=list(settings.stop_strings) or None,
+            **(
+                {
+                    "temperature": settings.temperature,
+                    "top_p": settings.top_p,
+                    "top_k": settings.top_k,
+                }
+                if settings.do_sample
+                else {}
+            ),
+        )
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        output = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_Reporter(report, width, new_tokens)]),
+            **({"tokenizer": self.tokenizer} if settings.stop_strings else {}),
+        )
+        rows: list[list[int]] = output[:, width:].tolist()
+        return rows
+
+    @property
+    def _pad_token_id(self) -> int:
+        """A padding id that is no EOS: rows that a string stopped are padded, not ended."""
+        pad = self.tokenizer.pad_token_id
+        if pad is not None and pad not in self.eos_token_ids:
+            return int(pad)
+        return next(n for n in range(len(self.eos_token_ids) + 1) if n not in self.eos_token_ids)
+
+    def _completion(
+        self,
+        request: _Request,
+        row: list[int],
+        mode: Mode,
+        application: Application,
+        settings: GenerationSettings,
+    ) -> Completion:
+        room = self._room(len(request.ids), settings)
+        tokens, reason = self._cut(row[:room], settings)
+        if reason is StopReason.LENGTH and room < settings.max_new_tokens:
+            reason = StopReason.CONTEXT
+        return Completion(
+            prompt=request.prompt,
+            mode=mode.name,
+            application=application,
+            prompt_token_ids=request.ids,
+            token_ids=tuple(tokens),
+            text=self._text(tokens),
+            stop_reason=reason,
+            settings=replace(settings, batch_size=0),
+        )
+
+    def _cut(self, row: list[int], settings: GenerationSettings) -> tuple[list[int], StopReason]:
+        """`generate` gives no finish reason: the first EOS, then a stop string, else the length."""
+        for place, token in enumerate(row):
+            if token in self.eos_token_ids:
+                return row[: place + 1], StopReason.EOS
+        if settings.stop_strings and any(s in self._text(row) for s in settings.stop_strings):
+            for end in range(1, len(row) + 1):
+                if any(s in self._text(row[:end]) for s in settings.stop_strings):
+                    return row[:end], StopReason.STOP_STRING
+        return row, StopReason.LENGTH
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def logits(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        mode: Mode | str,
+        *,
+        application: Application = Application.LIVE,
+    ) -> list[Tensor]:
+        """The logits of every position, one forward pass for all rows (teacher forcing).
+
+        Returns:
+            One float32 CPU tensor a row, `(len(row), vocabulary)`.
+        """
+        width = max(len(row) for row in token_ids)
+        ids = torch.full((len(token_ids), width), self._pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(token_ids):
+            # Padding on the right: causal attention never looks at it, positions start at 0.
+            ids[place, : len(row)] = torch.tensor(row)
+            mask[place, : len(row)] = 1
+        with self.mode(mode, application) as model, torch.inference_mode():
+            output = model(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+            )
+            return [
+                output.logits[place, : len(row)].float().cpu()
+                for place, row in enumerate(token_ids)
+            ]
+
+
+class _Reporter(StoppingCriteria):  # type: ignore[misc]
+    """Tells how far a batch is; never stops anything."""
+
+    def __init__(self, report: Callable[[float], None], width: int, new_tokens: int) -> None:
+        self.report, self.width, self.new_tokens = report, width, new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.report(min(1.0, (input_ids.shape[1] - self.width) / self.new_tokens))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _keep_head_contiguous(model: Any) -> None:
+    """Hand the head a contiguous slice.
+
+    `generate` keeps the last position's hidden state, a strided view; in bfloat16 on a CPU that
+    sends the head's product down a path that copies the head once a row (measured: prefill of 16
+    rows ten times slower). See docs/engines.md.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))

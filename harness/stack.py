@@ -1,0 +1,229 @@
+"""What is under test: adapters, the stack they form on a base, and its modes.
+
+Values and the pure rules over them. Knows nothing of files, PEFT, torch or pytest;
+`harness.resolve` turns options and folders into these values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.errors import InputError
+
+__all__ = [
+    "BASE_MODE",
+    "STACKED_MODE",
+    "Adapter",
+    "AdapterStack",
+    "Base",
+    "Mode",
+    "check_adapter_name",
+    "default_modes",
+    "parse_modes",
+]
+
+BASE_MODE = "base"
+STACKED_MODE = "stacked"
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_RESERVED_NAMES = frozenset({BASE_MODE, STACKED_MODE, "all", "none", "default_mode"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One PEFT LoRA folder under a name of its own.
+
+    Attributes:
+        name: how modes, options and reports call it.
+        path: the local folder that holds `adapter_config.json`.
+        source: what the user gave: the path as written, or `org/name@revision`.
+        revision: the resolved commit of a hub id, otherwise None.
+    """
+
+    name: str
+    path: Path
+    source: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The base checkpoint and how it was chosen.
+
+    Attributes:
+        path: the local folder that holds `config.json`.
+        source: what the user or the adapter config gave.
+        chosen_by: which rule won, in words (`--base-model`, `adapter_config.json of style`, …).
+        revision: the resolved commit of a hub id, otherwise None.
+    """
+
+    path: Path
+    source: str
+    chosen_by: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """Which adapters are active, and with what weight; `base` has none.
+
+    The live weights of a mode are `W_base + Σ weight_i · s_i · B_i A_i`.
+    """
+
+    name: str
+    weights: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the active adapters, in the stack's order."""
+        return tuple(name for name, _ in self.weights)
+
+    @property
+    def formula(self) -> str:
+        """The stacking equation of this mode, e.g. `W = W_base + ΔW_style + 0.5·ΔW_instruct`."""
+        terms = ["W_base"]
+        for name, weight in self.weights:
+            factor = "" if weight == 1 else f"{weight:g}·"
+            terms.append(f"{factor}ΔW_{name}")
+        return "W = " + " + ".join(terms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterStack:
+    """A base, an ordered list of named adapters, and the modes to look at.
+
+    Attributes:
+        name: what reports call the stack.
+        stops: the declared expectation a mode: `"always"`, `"never"`, or
+            `{"min_rate": float, "max_rate": float}` (shares of completions that end in EOS).
+        preset: the preset that the stack's declaration names, if any.
+    """
+
+    name: str
+    base: Base
+    adapters: tuple[Adapter, ...] = ()
+    modes: tuple[Mode, ...] = ()
+    stops: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
+    preset: str | None = None
+
+    def adapter(self, name: str) -> Adapter:
+        """Return the adapter called *name*; raises `InputError` if there is none."""
+        for adapter in self.adapters:
+            if adapter.name == name:
+                return adapter
+        known = ", ".join(a.name for a in self.adapters) or "none"
+        raise InputError(f"the stack has no adapter {name!r}", remedy=f"its adapters are: {known}")
+
+    def mode(self, name: str) -> Mode:
+        """Return the mode called *name*, or parse it as an expression such as `style*0.5`."""
+        for mode in self.modes:
+            if mode.name == name:
+                return mode
+        return parse_modes([name], [a.name for a in self.adapters])[0]
+
+
+def check_adapter_name(name: str, *, where: str) -> None:
+    """Refuse a name that a mode expression, PEFT or a snapshot's file name cannot hold.
+
+    PEFT keeps adapters in `torch.nn.ModuleDict`s, where dots are not allowed; attribute names
+    of that class are refused when the engine meets them (it alone knows torch).
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot be an adapter's name",
+            where=where,
+            remedy="use a letter, then letters, digits, '-' and '_'",
+        )
+    if name in _RESERVED_NAMES:
+        raise InputError(
+            f"{name!r} is a mode's name and cannot be an adapter's",
+            where=where,
+            remedy="call the adapter something else",
+        )
+
+
+def default_modes(adapter_names: Sequence[str]) -> tuple[Mode, ...]:
+    """The modes of a stack: base, each adapter alone, and all of them where there are several."""
+    modes = [Mode(name=BASE_MODE)]
+    modes += [Mode(name=name, weights=((name, 1.0),)) for name in adapter_names]
+    if len(adapter_names) > 1:
+        modes.append(Mode(name=STACKED_MODE, weights=tuple((n, 1.0) for n in adapter_names)))
+    return tuple(modes)
+
+
+def parse_modes(expressions: Iterable[str], adapter_names: Sequence[str]) -> tuple[Mode, ...]:
+    """Read `--modes` entries.
+
+    An entry is a standing mode (`base`, an adapter's name, `stacked`), a subset with optional
+    weights (`style+instruct`, `style*0.5+instruct`), or a named subset
+    (`half=style*0.5+instruct`).
+
+    Raises:
+        InputError: an unknown adapter, a weight that is not a finite number, a name given twice.
+    """
+    standing = {mode.name: mode for mode in default_modes(adapter_names)}
+    modes: list[Mode] = []
+    for expression in expressions:
+        mode = _parse_mode(expression.strip(), standing, adapter_names)
+        if any(mode.name == other.name for other in modes):
+            raise InputError(
+                f"the mode {mode.name!r} is named twice",
+                where="--modes",
+                remedy="name each mode once",
+            )
+        modes.append(mode)
+    if not modes:
+        raise InputError(
+            "no mode is named", where="--modes", remedy=f"choose from: {', '.join(standing)}"
+        )
+    return tuple(modes)
+
+
+def _parse_mode(expression: str, standing: Mapping[str, Mode], names: Sequence[str]) -> Mode:
+    if expression in standing:
+        return standing[expression]
+    label, equals, formula = expression.partition("=")
+    if not equals:
+        label, formula = "", expression
+    elif not _NAME.fullmatch(label.strip()) or label.strip() in standing:
+        raise InputError(
+            f"{label.strip()!r} cannot name a subset",
+            where="--modes",
+            remedy="use a letter, then letters, digits, '-' and '_', and no standing mode's name",
+        )
+    weights: dict[str, float] = {}
+    for term in formula.split("+"):
+        name, star, factor = (part.strip() for part in term.partition("*"))
+        if name not in names:
+            raise InputError(
+                f"unknown mode or adapter {name!r} in {expression!r}",
+                where="--modes",
+                remedy=f"choose from: {', '.join(standing)}, or a sum such as "
+                + "+".join(names or ["A"]),
+            )
+        if name in weights:
+            raise InputError(
+                f"adapter {name!r} is named twice in {expression!r}",
+                where="--modes",
+                remedy=f"give it a weight instead: {name}*2",
+            )
+        weights[name] = _weight(factor, expression) if star else 1.0
+    ordered = tuple((name, weights[name]) for name in names if name in weights)
+    return Mode(name=label.strip() or "".join(expression.split()), weights=ordered)
+
+
+def _weight(text: str, expression: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = float("nan")
+    if weight != weight or weight in (float("inf"), float("-inf")):
+        raise InputError(
+            f"{text!r} in {expression!r} is not a finite number",
+            where="--modes",
+            remedy="write a weight as style*0.5",
+        )
+    return weight

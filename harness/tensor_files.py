@@ -1,0 +1,231 @@
+"""safetensors files: the header read by hand, the tensors as views of the mapped file.
+
+Follows the format's specification (https://huggingface.co/docs/safetensors): eight bytes of
+little-endian header length, a JSON header, then the data. Reading the header needs no torch,
+so that a broken file is named in milliseconds; `TensorFile.tensor` imports it when first asked.
+Knows nothing of adapters or checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import InputError
+from harness.strict_json import parse_json_object, regular_file
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPE_BYTES", "TensorEntry", "TensorFile", "read_tensor_file", "torch_dtype"]
+
+#: Bytes an element, by safetensors dtype name.
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a file: its dtype's safetensors name, shape and byte range in the data.
+
+    `start` and `end` count from the beginning of the *file*.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """A safetensors file whose header has been read and found sound.
+
+    Attributes:
+        entries: the tensors by name, in the order in which they lie in the file.
+        data_start: where the data begins, in bytes from the start of the file.
+    """
+
+    path: Path
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    data_start: int
+    size: int
+    _mapped: list[mmap.mmap] = field(default_factory=list, repr=False, compare=False)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor *name* as a view of the memory-mapped file; no bytes are copied.
+
+        The mapping is private (copy on write): changing the tensor never changes the file.
+
+        Raises:
+            InputError: the file holds no such tensor.
+        """
+        import torch
+
+        entry = self.entries.get(name)
+        if entry is None:
+            raise InputError(f"holds no tensor {name!r}", where=self.path)
+        dtype = torch_dtype(entry.dtype)
+        if entry.count == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        if not self._mapped:
+            with self.path.open("rb") as file:
+                self._mapped.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        flat = torch.frombuffer(
+            self._mapped[0], dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start
+        )
+        if entry.start % DTYPE_BYTES[entry.dtype]:
+            flat = flat.clone()  # the format does not promise alignment
+        return flat.view(dtype).reshape(entry.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name such as `BF16`."""
+    import torch
+
+    dtype = getattr(torch, _TORCH_NAMES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def read_tensor_file(path: Path, *, what: str, remedy: str | None = None) -> TensorFile:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        InputError: the file is missing, is something else (a Git-LFS pointer, an HTML page, a
+            pickle, a zip archive), or its header lies: length, UTF-8, duplicate names, unknown
+            dtypes, shapes against byte ranges, overlaps, holes, trailing or missing bytes.
+    """
+    regular_file(path, what=what, remedy=remedy)
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(1024)
+            _refuse_other_formats(head, size, path, remedy)
+            (length,) = struct.unpack("<Q", head[:8])
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise InputError(
+                    f"its header claims {length} bytes, the file has {size}",
+                    where=path,
+                    remedy=remedy or "it is truncated or corrupt: copy or save it again",
+                )
+            file.seek(8)
+            header = parse_json_object(file.read(length).rstrip(b" "), where=path)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=path) from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError("its __metadata__ is not a table of strings", where=path)
+    data_start = 8 + length
+    entries = sorted(
+        (_entry(name, value, data_start, path) for name, value in header.items()),
+        key=lambda entry: (entry.start, entry.end),
+    )
+    _check_ranges(entries, data_start, size, path)
+    return TensorFile(
+        path=path,
+        entries={entry.name: entry for entry in entries},
+        metadata=metadata,
+        data_start=data_start,
+        size=size,
+    )
+
+
+def _refuse_other_formats(head: bytes, size: int, path: Path, remedy: str | None) -> None:
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(
+            "is a Git-LFS pointer, not the weights", where=path, remedy="run: git lfs pull"
+        )
+    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
+        raise InputError(
+            "is an HTML page, not weights",
+            where=path,
+            remedy="download it again; a login or error page was saved instead",
+        )
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")):
+        raise InputError(
+            "is a pickle (torch.save) under another name; pickles can run code and are not read",
+            where=path,
+            remedy="save it with safetensors.torch.save_file",
+        )
+    if size < 8:
+        raise InputError(
+            f"has {size} bytes, too few for safetensors",
+            where=path,
+            remedy=remedy or "copy or save it again",
+        )
+
+
+def _entry(name: str, value: Any, data_start: int, path: Path) -> TensorEntry:
+    def refuse(fault: str) -> InputError:
+        return InputError(f"tensor {name!r}: {fault}", where=path, remedy="save the file again")
+
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("its header entry is not {dtype, shape, data_offsets}")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise refuse(f"unknown dtype {dtype!r}")
+    if not _natural_numbers(shape):
+        raise refuse(f"shape {shape!r} is not a list of sizes")
+    if not _natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"data_offsets {offsets!r} is not a byte range")
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != expected:
+        raise refuse(
+            f"shape {shape} of {dtype} needs {expected} bytes, its range holds "
+            f"{offsets[1] - offsets[0]}"
+        )
+    return TensorEntry(
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=data_start + offsets[0],
+        end=data_start + offsets[1],
+    )
+
+
+def _natural_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _check_ranges(entries: list[TensorEntry], data_start: int, size: int, path: Path) -> None:
+    remedy = "it is truncated or corrupt: copy or save it again"
+    position = data_start
+    for entry in entries:
+        if entry.end > size:
+            raise InputError(
+                f"tensor {entry.name!r}: ends at byte {entry.end}, the file has {size}",
+                where=path,
+                remedy=remedy,
+            )
+        if entry.start != position:
+            relation = "overlaps the one before it" if entry.start < position else "follows a hole"
+            raise InputError(f"tensor {entry.name!r}: {relation}", where=path, remedy=remedy)
+        position = entry.end
+    if position != size:
+        raise InputError(
+            f"{size - position} bytes after the last tensor", where=path, remedy=remedy
+        )
