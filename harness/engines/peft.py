@@ -43,6 +43,7 @@ __all__ = ["PeftEngine", "Progress"]
 #: Called with the mode's name and a share of the work done, 0 to 1.
 Progress = Callable[[str, float], None]
 
+_TINY_BYTES = 32 << 20
 _BATCH_SIZE = {"cpu": 16}
 _BATCH_SIZE_ELSEWHERE = 32
 
@@ -82,13 +83,13 @@ class PeftEngine:
         }
         chosen_dtype = choose_dtype(dtype)
         self.checkpoint = read_checkpoint(stack.base.path)
-        weight_bytes = sum(
+        self._weight_bytes = sum(
             entry.count
             * (DTYPE_BYTES[entry.dtype] if isinstance(chosen_dtype, str) else chosen_dtype.itemsize)
             for shard in self.checkpoint.shards
             for entry in shard.entries.values()
         )
-        self._placement = choose_device(device, weight_bytes)
+        self._placement = choose_device(device, self._weight_bytes)
         self.tokenizer, self.template_source = load_tokenizer(
             stack, trust_remote_code=trust_remote_code
         )
@@ -172,6 +173,17 @@ class PeftEngine:
         with entered:
             yield self.model
 
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """One thread for a tiny model on a CPU: threads cost it more than they bring."""
+        before = torch.get_num_threads()
+        tiny = self.device == "cpu" and self._weight_bytes < _TINY_BYTES
+        torch.set_num_threads(1 if tiny else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's token ids, through the chat template if it has messages.
 
@@ -234,7 +246,7 @@ class PeftEngine:
             for place, prompt in enumerate(prompts)
         ]
         done: dict[int, Completion] = {}
-        with self.mode(chosen, application), torch.inference_mode():
+        with self.mode(chosen, application), torch.inference_mode(), self._threads():
             for batch in self._batches(requests, settings):
                 start, share = len(done) / len(requests), len(batch) / len(requests)
 
@@ -374,7 +386,7 @@ class PeftEngine:
             # Padding on the right: causal attention never looks at it, positions start at 0.
             ids[place, : len(row)] = torch.tensor(row)
             mask[place, : len(row)] = 1
-        with self.mode(mode, application) as model, torch.inference_mode():
+        with self.mode(mode, application) as model, torch.inference_mode(), self._threads():
             output = model(
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
             )

@@ -1,0 +1,93 @@
+"""The command `lora-stack`: argv → one call → print.
+
+Each command is a module of `harness.commands`, imported when it is named: `--help` imports no
+torch. Knows nothing of what the commands do.
+
+Exit codes: 0 held · 1 a verdict failed · 2 bad usage or input · 3 internal error · 5 nothing ran ·
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import ModuleType
+from typing import NoReturn
+
+from harness.errors import HarnessError, InputError
+from harness.options import with_dashes
+from harness.terminal import shown
+
+__all__ = ["main"]
+
+_COMMANDS = ("run",)
+_USAGE_ERROR, _INTERNAL_ERROR, _INTERRUPTED = 2, 3, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the house's error line, and the nearest option for a typo."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE_ERROR, f"error: {message} → see: {self.prog} --help\n")
+
+
+def _command(name: str) -> ModuleType:
+    return importlib.import_module(f"harness.commands.{name.replace('-', '_')}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lora-stack",
+        description="Evaluation and regression harness for stacks of LoRA adapters. "
+        "With no stack named, the embedded tiny trained stack is used.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"lora-stack {version('lora-stack-harness')}"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        module = _command(name)
+        command = commands.add_parser(
+            name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
+    try:
+        code: int = _command(arguments.command).run(arguments)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        return _complain(str(error), _USAGE_ERROR)
+    except KeyboardInterrupt:
+        return _complain("interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("LORA_STACK_TRACEBACK"):
+            raise
+        kind = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
+        return _complain(
+            f"{kind}{error} → please report this; LORA_STACK_TRACEBACK=1 shows where it happened",
+            _INTERNAL_ERROR,
+        )
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {shown(message)}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

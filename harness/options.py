@@ -1,0 +1,144 @@
+"""The options that name a stack and how to run it: one table for the command line and for pytest.
+
+Every option is accepted with dashes and with underscores. Knows nothing of what the values mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from harness.resolve import StackOptions
+
+__all__ = [
+    "PROMPT_OPTIONS",
+    "RUN_OPTIONS",
+    "STACK_OPTIONS",
+    "Option",
+    "add_option",
+    "add_options",
+    "add_stack_arguments",
+    "spellings",
+    "stack_options",
+    "with_dashes",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option.
+
+    Attributes:
+        repeated: may be given several times; the values are collected.
+        flag: takes no value.
+        attribute: where argparse puts the value; by default the flag's own name.
+    """
+
+    flag: str
+    help: str
+    metavar: str | None = None
+    repeated: bool = False
+    is_flag: bool = False
+    type: type | None = None
+    attribute: str | None = None
+
+    @property
+    def dest(self) -> str:
+        return self.attribute or self.flag.removeprefix("--").replace("-", "_")
+
+
+STACK_OPTIONS: tuple[Option, ...] = (
+    Option(flag="--base-model", metavar="PATH|ID[@REV]", help="the base model's folder or hub id"),
+    Option(flag="--lora-model", metavar="PATH|ID[@REV]", help="a single adapter: base and adapter"),
+    Option(flag="--style-adapter", metavar="PATH|ID[@REV]", help="the stage-1 adapter of a pair"),
+    Option(flag="--instruct-adapter", metavar="PATH|ID[@REV]", help="the stage-2 adapter"),
+    Option(
+        flag="--adapter",
+        attribute="adapters",
+        metavar="NAME=PATH",
+        repeated=True,
+        help="an adapter under a name of its own; repeat for more, in the stack's order",
+    ),
+    Option(
+        flag="--stack",
+        attribute="stack_file",
+        metavar="FILE",
+        help="a stack declared in TOML: base, adapters, expected stopping",
+    ),
+    Option(
+        flag="--modes",
+        metavar="M,…",
+        repeated=True,
+        help="only these modes: base, an adapter's name, stacked, style*0.5+instruct, half=…",
+    ),
+)
+
+PROMPT_OPTIONS: tuple[Option, ...] = (
+    Option(flag="--preset", metavar="NAME", help="a named set of prompts"),
+    Option(flag="--prompts", metavar="FILE", help="prompts of your own: .toml, .jsonl or .txt"),
+    Option(flag="--max-new-tokens", metavar="N", type=int, help="tokens a completion may have"),
+    Option(flag="--batch-size", metavar="N", type=int, help="prompts in one forward pass"),
+)
+
+RUN_OPTIONS: tuple[Option, ...] = (
+    Option(flag="--device", metavar="D", help="cpu, cuda, cuda:N, or auto to spread the model"),
+    Option(flag="--dtype", metavar="T", help="float32, bfloat16, float16; default: checkpoint's"),
+    Option(
+        flag="--trust-remote-code",
+        is_flag=True,
+        help="allow Python code in the base's folder to run",
+    ),
+)
+
+
+def spellings(flag: str) -> tuple[str, ...]:
+    """`--base-model` and `--base_model`."""
+    return tuple(dict.fromkeys((flag, "--" + flag.removeprefix("--").replace("-", "_"))))
+
+
+def add_option(parser: Any, flag: str, **arguments: Any) -> None:
+    """`parser.add_argument` (or a group's) for a dashed *flag*.
+
+    The command line reads `--base_model` as `--base-model` before argparse sees it
+    (`with_dashes`), so `--help` lists each option once.
+    """
+    parser.add_argument(flag, **arguments)
+
+
+def with_dashes(argv: Sequence[str]) -> list[str]:
+    """*argv* with underscores in option names written as dashes; values stay as they are."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
+    return words
+
+
+def add_options(parser: Any, options: tuple[Option, ...]) -> None:
+    """Add every option of a table to an argparse parser or group."""
+    for option in options:
+        arguments: dict[str, Any] = {"dest": option.dest, "help": option.help}
+        if option.is_flag:
+            arguments["action"] = "store_true"
+        else:
+            arguments |= {"metavar": option.metavar, "type": option.type or str}
+            if option.repeated:
+                arguments |= {"action": "append", "default": []}
+        add_option(parser, option.flag, **arguments)
+
+
+def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name the stack, and those that say where and how it runs."""
+    add_options(parser.add_argument_group("the stack"), STACK_OPTIONS)
+    add_options(parser.add_argument_group("where it runs"), RUN_OPTIONS)
+
+
+def stack_options(namespace: Any) -> StackOptions:
+    """The `StackOptions` in an argparse namespace (or anything with the attributes)."""
+    values: dict[str, Any] = {}
+    for field in fields(StackOptions):
+        value = getattr(namespace, field.name, None)
+        values[field.name] = tuple(value or ()) if isinstance(field.default, tuple) else value
+    return StackOptions(**values)

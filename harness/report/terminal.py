@@ -1,0 +1,169 @@
+"""The run on a terminal: banner, progress, modes side by side with word differences, summary.
+
+Knows nothing of how the completions came about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from harness.report.run import RunReport, mode_rows
+from harness.terminal import shown
+from harness.textdiff import Change, word_diff
+
+if TYPE_CHECKING:
+    from harness.completion import Application, Completion
+    from harness.preset import Preset
+    from harness.stack import AdapterStack
+    from harness.verdict import Outcome
+
+__all__ = ["outcome_style", "print_banner", "print_loaded", "print_report", "progress_bar"]
+
+
+def outcome_style(outcome: Outcome) -> str:
+    """Green for what passed, red for what failed, yellow for what could not be decided."""
+    if outcome.passed:
+        return "green"
+    return "yellow" if outcome.value == "undecided" else "bold red"
+
+
+def print_banner(out: Console, stack: AdapterStack, preset: Preset, *, embedded: bool) -> None:
+    """What will run: modes with their equation, adapters, the base and why it was chosen."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    if embedded:
+        grid.add_row("stack", "no stack was named: this is the embedded tiny trained one")
+    base = stack.base
+    where = base.source + (f" ({base.revision[:12]})" if base.revision else "")
+    grid.add_row("base", f"{shown(where)}  · chosen by {shown(base.chosen_by)}")
+    for adapter in stack.adapters:
+        revision = f" ({adapter.revision[:12]})" if adapter.revision else ""
+        grid.add_row(f"adapter {adapter.name}", shown(adapter.source) + revision)
+    for mode in stack.modes:
+        grid.add_row(f"mode {mode.name}", mode.formula)
+    settings = preset.settings
+    decoding = f"sampled, seed {settings.seed}" if settings.do_sample else "greedy"
+    grid.add_row(
+        "prompts",
+        f"{preset.name}: {len(preset.prompts)}, {decoding}, at most "
+        f"{settings.max_new_tokens} new tokens",
+    )
+    out.print(Panel(grid, title=Text(f"lora-stack · {shown(stack.name)}"), box=box.ROUNDED))
+
+
+def print_loaded(out: Any, engine: Any, application: Application, seconds: float) -> None:
+    """A ✓ line for the base and for each adapter, as read back from the live model."""
+    place = f"{engine.device}, {engine.dtype}"
+    out.print(Text(f"✓ base loaded once in {seconds:.1f} s ({place})", style="green"))
+    for adapter in engine.stack.adapters:
+        files = engine.files[adapter.name]
+        out.print(
+            Text(
+                f"✓ {adapter.name}: {len(files.pairs)} modules, {files.parameters:,} parameters, "
+                f"every factor equal to its file",
+                style="green",
+            )
+        )
+    for mode in engine.stack.modes:
+        with engine.mode(mode, application):
+            names = " + ".join(mode.adapters) or "no adapter"
+        out.print(Text(f"✓ {mode.name}: {names} active in every layer, read back", style="green"))
+
+
+@contextlib.contextmanager
+def progress_bar(
+    err: Console, modes: Sequence[str]
+) -> Iterator[Callable[[str, float], None] | None]:
+    """A bar a mode on standard error; nothing where that is no terminal."""
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True) as bar:
+        tasks = {mode: bar.add_task(mode, total=1.0) for mode in modes}
+        yield lambda mode, share: bar.update(tasks[mode], completed=share)
+
+
+def print_report(out: Console, report: RunReport, folder: Path) -> None:
+    """Each prompt with every mode's words, then the verdicts and the summary."""
+    for place, prompt in enumerate(report.preset.prompts):
+        if any(place < len(found) for found in report.completions.values()):
+            out.print()
+            out.print(Text.assemble((prompt.id, "bold"), "  ", shown(prompt.shown)))
+            out.print(_side_by_side(report, place))
+    out.print()
+    out.print(_summary(report))
+    for verdict in report.verdicts:
+        style = outcome_style(verdict.outcome)
+        mark = "✓" if verdict.passed else "✗"
+        line = f"{mark} {verdict.name}: {verdict.outcome.value} · {'; '.join(verdict.evidence)}"
+        out.print(Text(shown(line), style=style))
+        if verdict.remedy and not verdict.passed:
+            out.print(Text(f"  → {shown(verdict.remedy)}"))
+    for note in report.notes:
+        out.print(Text(f"note: {shown(note)}", style="yellow"))
+    out.print(Text.assemble("verdict: ", (report.outcome.value, outcome_style(report.outcome))))
+    if report.completions:
+        out.print(Text(f"report:  {folder / 'report.md'}  {folder / 'report.json'}"))
+
+
+def _side_by_side(report: RunReport, place: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    table.add_column("mode", style="bold", no_wrap=True)
+    table.add_column("completion", overflow="fold", ratio=1)
+    table.add_column("stop", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    before: Completion | None = None
+    for mode, found in report.completions.items():
+        if place >= len(found):
+            continue
+        completion = found[place]
+        table.add_row(
+            mode,
+            _highlighted(before.text if before else None, completion.text),
+            Text(completion.stop_reason.value, style="green" if completion.stopped else "yellow"),
+            str(len(completion.token_ids)),
+        )
+        before = completion
+    return table
+
+
+def _highlighted(before: str | None, text: str) -> Text:
+    """The words of *text*; those that the mode above did not say are marked."""
+    if before is None:
+        return Text(shown(text))
+    line = Text()
+    for piece in word_diff(before, text):
+        if piece.change is not Change.REMOVED:
+            line.append(shown(piece.text), "bold cyan" if piece.change is Change.ADDED else "dim")
+    return line
+
+
+def _summary(report: RunReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("mode", "stopped", "stop reasons", "mean tokens", "seconds"):
+        table.add_column(name, justify="right" if name in ("mean tokens", "seconds") else "left")
+    for row in mode_rows(report):
+        reasons = ", ".join(f"{reason} {n}" for reason, n in row["stop_reasons"].items())
+        table.add_row(
+            row["mode"],
+            f"{row['stopped']} of {row['completions']}",
+            reasons,
+            f"{row['mean_tokens']:.1f}",
+            f"{row['seconds']:.2f}",
+        )
+    return table
