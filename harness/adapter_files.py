@@ -120,12 +120,18 @@ class AdapterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairEntry:
-    """Where one module's two factors lie in the weights file."""
+    """Where one module's two factors lie in the weights file.
+
+    Attributes:
+        experts: how many experts' ranks a fused parameter (`target_parameters`) holds side by
+            side, `A: (experts·r, in)`; 1 for a module.
+    """
 
     module: str
     a: TensorEntry
     b: TensorEntry
     embedding: bool = False
+    experts: int = 1
 
     @property
     def rank(self) -> int:
@@ -324,8 +330,11 @@ def _reasons(raw: Mapping[str, Any], read: _ConfigReader) -> list[str]:
     return reasons
 
 
-def read_adapter(folder: Path) -> AdapterFiles:
+def read_adapter(folder: Path, *, faults: list[InputError] | None = None) -> AdapterFiles:
     """Read and check an adapter folder; headers only, the tensors stay on disk.
+
+    Args:
+        faults: broken pairs are left out and their faults added here, instead of raised.
 
     Raises:
         InputError: whatever `read_adapter_config` raises; a pickle instead of safetensors; a
@@ -344,14 +353,19 @@ def read_adapter(folder: Path) -> AdapterFiles:
                     "save_pretrained(…, safe_serialization=True)",
                 )
     tensors = read_tensor_file(
-        path, what=WEIGHTS_NAME, remedy="copy or save the adapter's weights again"
+        path,
+        what=WEIGHTS_NAME,
+        remedy="copy or save the adapter's weights again",
+        faults=faults,
     )
     return AdapterFiles(
-        folder=folder, config=config, tensors=tensors, pairs=_pairs(tensors, config)
+        folder=folder, config=config, tensors=tensors, pairs=_pairs(tensors, config, faults)
     )
 
 
-def _pairs(tensors: TensorFile, config: AdapterConfig) -> dict[str, PairEntry]:
+def _pairs(
+    tensors: TensorFile, config: AdapterConfig, faults: list[InputError] | None
+) -> dict[str, PairEntry]:
     factors: dict[str, dict[str, TensorEntry]] = {}
     strangers: list[str] = []
     for key, entry in tensors.entries.items():
@@ -362,21 +376,29 @@ def _pairs(tensors: TensorFile, config: AdapterConfig) -> dict[str, PairEntry]:
         module = (match["module"] or match["embedding"]).removeprefix(_KEY_PREFIX)
         factors.setdefault(module, {})[match["factor"] or match["embedding_factor"]] = entry
     if strangers and not config.not_additive:
-        raise InputError(
+        fault = InputError(
             f"tensor {strangers[0]!r} is no LoRA factor of a plain adapter"
             + (f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else "")
             + "; PEFT would ignore it or write it over the base",
             where=tensors.path,
             remedy=f"keys read {_KEY_PREFIX}<module>.lora_A.weight and …lora_B.weight",
         )
+        if faults is None:
+            raise fault
+        faults.append(fault)
     if not factors:
         raise InputError(
             "holds no LoRA factors", where=tensors.path, remedy="save the trained adapter again"
         )
-    return {
-        module: _pair(module, factors[module], tensors.path, config)
-        for module in sorted(factors, key=natural_order)
-    }
+    pairs: dict[str, PairEntry] = {}
+    for module in sorted(factors, key=natural_order):
+        try:
+            pairs[module] = _pair(module, factors[module], tensors.path, config)
+        except InputError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+    return pairs
 
 
 def _pair(
@@ -404,14 +426,17 @@ def _pair(
                 remedy="save the adapter again",
             )
     claimed = config.rank_of(module)
-    if a.shape[0] != b.shape[1] or a.shape[0] != claimed:
+    experts = 1
+    if config.raw.get("target_parameters") and a.shape[0] == b.shape[1]:
+        experts = max(1, a.shape[0] // claimed)
+    if a.shape[0] != b.shape[1] or a.shape[0] != claimed * experts:
         raise InputError(
             f"module {module!r}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, "
             f"the config says {claimed}",
             where=path,
             remedy=f"mend r or rank_pattern in {CONFIG_NAME}, or save the adapter again",
         )
-    return PairEntry(module=module, a=a, b=b, embedding=embedding)
+    return PairEntry(module=module, a=a, b=b, embedding=embedding, experts=experts)
 
 
 def adapter_digest(folder: Path) -> str:

@@ -34,7 +34,13 @@ from harness.stack import (
 )
 from harness.strict_json import read_toml
 
-__all__ = ["DEFAULT_BASE", "StackOptions", "resolve_stack", "stack_from_options"]
+__all__ = [
+    "DEFAULT_BASE",
+    "StackOptions",
+    "locate_adapter",
+    "resolve_stack",
+    "stack_from_options",
+]
 
 DEFAULT_BASE = "Qwen3-8B-Base"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -222,7 +228,7 @@ def resolve_stack(
     files: dict[str, AdapterFiles] = {}
     for adapter_name, source in (adapters or {}).items():
         check_adapter_name(adapter_name, where=f"adapter {adapter_name!r}")
-        adapter = _locate_adapter(adapter_name, str(source), here)
+        adapter = locate_adapter(adapter_name, str(source), here)
         for other in found:
             if other.path == adapter.path:
                 raise InputError(
@@ -281,7 +287,12 @@ def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], b
         )
 
 
-def _locate_adapter(name: str, source: str, here: Path) -> Adapter:
+def locate_adapter(name: str, source: str, here: Path) -> Adapter:
+    """The adapter folder that *source* names: a path (relative to *here*) or a hub id.
+
+    Raises:
+        InputError: no such folder or repository, or it holds no adapter config.
+    """
     path = (here / Path(source).expanduser()).resolve()
     if path.exists():
         if path.is_file():

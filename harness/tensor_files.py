@@ -111,8 +111,18 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def read_tensor_file(path: Path, *, what: str, remedy: str | None = None) -> TensorFile:
+def read_tensor_file(
+    path: Path,
+    *,
+    what: str,
+    remedy: str | None = None,
+    faults: list[InputError] | None = None,
+) -> TensorFile:
     """Read and check the header of a safetensors file.
+
+    Args:
+        faults: where the file is cut off, the tensors beyond its end are left out and their
+            faults added here, instead of raised.
 
     Raises:
         InputError: the file is missing, is something else (a Git-LFS pointer, an HTML page, a
@@ -144,7 +154,7 @@ def read_tensor_file(path: Path, *, what: str, remedy: str | None = None) -> Ten
         (_entry(name, value, data_start, path) for name, value in header.items()),
         key=lambda entry: (entry.start, entry.end),
     )
-    _check_ranges(entries, data_start, size, path)
+    entries = _check_ranges(entries, data_start, size, path, faults)
     return TensorFile(
         path=path,
         entries={entry.name: entry for entry in entries},
@@ -211,21 +221,35 @@ def _natural_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def _check_ranges(entries: list[TensorEntry], data_start: int, size: int, path: Path) -> None:
+def _check_ranges(
+    entries: list[TensorEntry],
+    data_start: int,
+    size: int,
+    path: Path,
+    faults: list[InputError] | None,
+) -> list[TensorEntry]:
+    """The entries that lie in the file: all of them, unless *faults* takes the others."""
     remedy = "it is truncated or corrupt: copy or save it again"
     position = data_start
+    whole = []
     for entry in entries:
         if entry.end > size:
-            raise InputError(
+            fault = InputError(
                 f"tensor {entry.name!r}: ends at byte {entry.end}, the file has {size}",
                 where=path,
                 remedy=remedy,
             )
+            if faults is None:
+                raise fault
+            faults.append(fault)
+        else:
+            whole.append(entry)
         if entry.start != position:
             relation = "overlaps the one before it" if entry.start < position else "follows a hole"
             raise InputError(f"tensor {entry.name!r}: {relation}", where=path, remedy=remedy)
         position = entry.end
-    if position != size:
+    if position < size:
         raise InputError(
             f"{size - position} bytes after the last tensor", where=path, remedy=remedy
         )
+    return whole
