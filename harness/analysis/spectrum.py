@@ -1,4 +1,4 @@
-"""Norms, singular values and singular bases of `ΔW = s·B·A`, from the factors alone.
+"""Norms, inner products and singular values of `ΔW = s·B·A`, from the factors alone.
 
 With `A Aᵀ = L_A L_Aᵀ` and `BᵀB = L_B L_Bᵀ` (two `r × r` Gram matrices), `A = L_A Q_Aᵀ` and
 `B = Q_B L_Bᵀ` with orthonormal `Q_A: (in, r)`, `Q_B: (out, r)`, so that the singular values of `ΔW`
@@ -13,7 +13,7 @@ Works on values: knows nothing of files, adapters as a whole, or what the figure
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,12 +25,11 @@ from harness.lora import LoraPair
 
 __all__ = [
     "Array",
-    "Decomposition",
     "Factors",
-    "decompose",
     "delta_norm",
     "factors_of",
     "inner_product",
+    "joint_roots",
     "one_thread",
     "singular_values",
 ]
@@ -61,24 +60,6 @@ class Factors:
     @property
     def rank(self) -> int:
         return int(self.a.shape[0])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decomposition:
-    """The thin singular value decomposition `ΔW = U·diag(σ)·Vᵀ`, numerically zero σ left out.
-
-    Attributes:
-        left: `U`, `(out, k)`. values: `σ`, `(k,)`, descending. right: `V`, `(in, k)`.
-    """
-
-    left: Array
-    values: Array
-    right: Array
-
-    @property
-    def rank(self) -> int:
-        """The numerical rank `k`."""
-        return int(self.values.shape[0])
 
 
 @contextlib.contextmanager
@@ -124,23 +105,6 @@ def singular_values(factors: Factors) -> Array:
     return padded
 
 
-def decompose(factors: Factors) -> Decomposition:
-    """The thin singular value decomposition of `ΔW`; costs two products `(n, r) × (r, r)`."""
-    basis_b, root_b = _basis(factors.b.T, factors.gram_b)
-    basis_a, root_a = _basis(factors.a, factors.gram_a)
-    left, values, right_t = np.linalg.svd(root_b.T @ root_a, full_matrices=False)
-    # Below this, a value is the rounding of the product, not a direction that was trained.
-    size = max(factors.a.shape[1], factors.b.shape[0]) * np.finfo(np.float64).eps
-    floor = size * float(np.sqrt(np.trace(factors.gram_a) * np.trace(factors.gram_b)))
-    kept = int(np.count_nonzero(values > floor)) if factors.scale else 0
-    sign = -1.0 if factors.scale < 0 else 1.0
-    return Decomposition(
-        left=basis_b @ (left[:, :kept] * sign),
-        values=values[:kept] * abs(factors.scale),
-        right=basis_a @ right_t[:kept].T,
-    )
-
-
 def _sound(gram: Array) -> bool:
     eigenvalues = np.linalg.eigvalsh(gram)
     return bool(eigenvalues[0] > _GRAM_SPREAD * eigenvalues[-1])
@@ -155,11 +119,14 @@ def _root(wide: Array, gram: Array) -> Array:
     return root
 
 
-def _basis(wide: Array, gram: Array) -> tuple[Array, Array]:
-    """Orthonormal `Q: (n, k)` and `L: (r, k)` with `wide = L Qᵀ`."""
-    if not _sound(gram):
-        basis, upper = np.linalg.qr(wide.T)
-        return basis, upper.T
-    root = np.linalg.cholesky(gram)
-    inverse = np.linalg.solve(root, np.eye(len(root)))
-    return wide.T @ inverse.T, root
+def joint_roots(pairs: Sequence[LoraPair]) -> tuple[list[Array], list[Array]]:
+    """Square roots of the joint Gram matrices of several pairs of one shape, cut up by pair.
+
+    Returns `L_Bᵢ` and `L_Aᵢ`, each `(rᵢ, R)` with `R ≤ Σr`, such that `Bᵢ = Q_B·L_Bᵢᵀ` and
+    `Aᵢ = L_Aᵢ·Q_Aᵀ` with the same orthonormal `Q_B` and `Q_A` for every pair.
+    """
+    ends = np.cumsum([pair.rank for pair in pairs])[:-1].tolist()
+    wide_b = np.concatenate([_float64(pair.b).T for pair in pairs])
+    wide_a = np.concatenate([_float64(pair.a) for pair in pairs])
+    root_b, root_a = _root(wide_b, wide_b @ wide_b.T), _root(wide_a, wide_a @ wide_a.T)
+    return np.split(root_b, ends), np.split(root_a, ends)
