@@ -15,18 +15,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harness.analysis.spectrum import Array
 from harness.lora import LoraPair
 
 __all__ = ["EntryCounts", "count_entries", "delta_blocks", "delta_counts", "sum_counts"]
 
+Array: TypeAlias = NDArray[np.float64]
+
 _BINS = 1 << 16
-_SAMPLE_BLOCKS, _SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 128, 256
+_SAMPLE_BLOCKS, _SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 64, 256
 _EXACT_ROWS = 128
 _ERROR_BINS = _BINS >> 6
 
@@ -95,10 +97,10 @@ class EntryCounts:
 
 
 def _middles() -> Array:
-    lower = _LOWER.astype(np.float64)
-    upper = (_PATTERNS << 16 | 0x8000).view(np.float32).astype(np.float64)
-    middles = np.where(lower == 0, 0.0, upper)
-    return np.asarray(middles, dtype=np.float64)
+    """The middle of each bin; the bins of zero stand at zero."""
+    with np.errstate(invalid="ignore"):  # the NaN bins have no place
+        middles = (_PATTERNS << 16 | 0x8000).view(np.float32).astype(np.float64)
+    return np.where(_LOWER == 0, 0.0, middles)
 
 
 def _density(places: Array, counts: NDArray[np.int64], edges: Array) -> Array:
@@ -162,7 +164,7 @@ def delta_counts(pair: LoraPair, *, exact: bool = False) -> EntryCounts:
 def delta_blocks(pairs: Sequence[LoraPair]) -> Iterator[list[torch.Tensor]]:
     """Eight blocks of random rows × columns of each pair's `ΔW`, the same places for each.
 
-    Yields, block by block, one float32 tensor of at most `(128, 256)` a pair. The places depend
+    Yields, block by block, one float32 tensor of at most `(64, 256)` a pair. The places depend
     on the module's name and the shape alone, so that results repeat and adapters compare.
     """
     module, columns, rows = pairs[0].module, pairs[0].a.shape[1], pairs[0].b.shape[0]
@@ -171,6 +173,7 @@ def delta_blocks(pairs: Sequence[LoraPair]) -> Iterator[list[torch.Tensor]]:
         row = torch.from_numpy(generator.integers(0, rows, min(rows, _SAMPLE_ROWS)))
         column = torch.from_numpy(generator.integers(0, columns, min(columns, _SAMPLE_COLUMNS)))
         yield [
-            (pair.b[row].to(torch.float32) * pair.scale) @ pair.a[:, column].to(torch.float32)
+            (pair.b.index_select(0, row).to(torch.float32) * pair.scale)
+            @ pair.a.index_select(1, column).to(torch.float32)
             for pair in pairs
         ]

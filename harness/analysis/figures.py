@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.analysis.entries import EntryCounts, count_entries, delta_counts, sum_counts
 from harness.analysis.reading import AnalysedAdapter, AnalysedPair
 from harness.analysis.spectrum import (
-    Array,
     delta_norm,
     factors_of,
     one_thread,
@@ -218,11 +218,11 @@ def module_figures(
     values = singular_values(factors)
     norm = delta_norm(factors)
     rows, columns, rank = pair.b.shape[0], pair.a.shape[1], factors.rank
-    square_a, square_b = float(np.trace(factors.gram_a)), float(np.trace(factors.gram_b))
-    sum_a, sum_b = factors.a.sum(axis=1), factors.b.sum(axis=0)
+    square_a, square_b = float(factors.gram_a.trace()), float(factors.gram_b.trace())
+    sum_a, sum_b = factors.a.sum(dim=1), factors.b.sum(dim=0)
     mean_delta = factors.scale * float(sum_b @ sum_a) / (rows * columns)
-    alive = (np.diag(factors.gram_a) > 0) & (np.diag(factors.gram_b) > 0)
-    spectrum = _spectrum_figures(values)
+    alive = (factors.gram_a.diagonal() > 0) & (factors.gram_b.diagonal() > 0)
+    spectrum = _spectrum_figures(values.numpy())
     return ModuleFigures(
         module=pair.module,
         kind=kind_of(pair.module),
@@ -275,7 +275,7 @@ class _Spectrum:
     rank_99: int
 
 
-def _spectrum_figures(values: Array) -> _Spectrum:
+def _spectrum_figures(values: NDArray[np.float64]) -> _Spectrum:
     largest = float(values[0])
     if largest == 0:
         return _Spectrum(largest=0.0, stable_rank=0.0, effective_rank=0.0, energy_top={}, rank_99=0)

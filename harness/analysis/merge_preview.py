@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from harness.analysis.overlap import JointModule
-from harness.analysis.spectrum import Array
 
 __all__ = ["MergeSums", "StrategyFigures", "merge_sums", "strategy_figures"]
 
@@ -64,11 +64,13 @@ def merge_sums(
         weights: one for each of the *total* adapters, for `weighted`.
     """
     cores = [core.core for core in joint.cores]
-    plain = np.sum(cores, axis=0)
+    plain = torch.stack(cores).sum(dim=0)
     merged = {"sequential": plain, "average": plain / total}
     if weights is not None:
         chosen = [weights[i] for i in present]
-        merged["weighted"] = np.sum([w * c for w, c in zip(chosen, cores, strict=True)], axis=0)
+        merged["weighted"] = torch.stack(
+            [weight * core for weight, core in zip(chosen, cores, strict=True)]
+        ).sum(dim=0)
     rank = max(pair.rank for pair in joint.pairs)
     merged["svd"] = _truncated(plain, rank)
     if len({pair.rank for pair in joint.pairs}) == 1 and all(p.scale >= 0 for p in joint.pairs):
@@ -76,31 +78,30 @@ def merge_sums(
     return {name: _sums(found, plain, cores, present, total) for name, found in merged.items()}
 
 
-def _truncated(core: Array, rank: int) -> Array:
-    left, values, right = np.linalg.svd(core, full_matrices=False)
-    result: Array = (left[:, :rank] * values[:rank]) @ right[:rank]
-    return result
+def _truncated(core: Tensor, rank: int) -> Tensor:
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    cut: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return cut
 
 
-def _factorwise(joint: JointModule) -> Array:
+def _factorwise(joint: JointModule) -> Tensor:
     """PEFT's `linear`: A and B are summed apart, each times `√s`; the product has cross terms."""
-    b = np.sum([math.sqrt(s) * left for left, _, s in joint.factor_cores], axis=0)
-    a = np.sum([math.sqrt(s) * right for _, right, s in joint.factor_cores], axis=0)
-    result: Array = b @ a
-    return result
+    b = torch.stack([math.sqrt(s) * left for left, _, s in joint.factor_cores]).sum(dim=0)
+    a = torch.stack([math.sqrt(s) * right for _, right, s in joint.factor_cores]).sum(dim=0)
+    return b @ a
 
 
 def _sums(
-    merged: Array, plain: Array, cores: Sequence[Array], present: Sequence[int], total: int
+    merged: Tensor, plain: Tensor, cores: Sequence[Tensor], present: Sequence[int], total: int
 ) -> MergeSums:
     along, alone = [0.0] * total, [0.0] * total
     for position, core in zip(present, cores, strict=True):
-        along[position], alone[position] = float(np.vdot(merged, core)), float(np.vdot(core, core))
+        along[position], alone[position] = float((merged * core).sum()), float((core * core).sum())
     difference = merged - plain
     return MergeSums(
-        distance=float(np.vdot(difference, difference)),
-        plain=float(np.vdot(plain, plain)),
-        merged=float(np.vdot(merged, merged)),
+        distance=float((difference * difference).sum()),
+        plain=float((plain * plain).sum()),
+        merged=float((merged * merged).sum()),
         along=tuple(along),
         alone=tuple(alone),
     )

@@ -9,13 +9,15 @@ factors is formed, but for sampled blocks where signs are counted. Knows nothing
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from harness.analysis.entries import delta_blocks
-from harness.analysis.spectrum import Array, joint_roots
+from harness.analysis.spectrum import joint_roots
 from harness.lora import LoraPair
 
 __all__ = ["JointModule", "PairFigures", "join_module", "pair_figures", "sign_conflict"]
@@ -25,10 +27,10 @@ __all__ = ["JointModule", "PairFigures", "join_module", "pair_figures", "sign_co
 class Core:
     """One delta in the joint bases: `core = left·diag(values)·rightᵀ`, without the zeros."""
 
-    core: Array
-    left: Array
-    values: Array
-    right: Array
+    core: Tensor
+    left: Tensor
+    values: Tensor
+    right: Tensor
     norm: float
 
 
@@ -43,7 +45,7 @@ class JointModule:
 
     pairs: tuple[LoraPair, ...]
     cores: tuple[Core, ...]
-    factor_cores: tuple[tuple[Array, Array, float], ...]
+    factor_cores: tuple[tuple[Tensor, Tensor, float], ...]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,17 +101,17 @@ def join_module(pairs: Sequence[LoraPair]) -> JointModule:
     for pair, root_b, root_a in zip(pairs, roots_b, roots_a, strict=True):
         factor_cores.append((root_b.T, root_a, pair.scale))
         core = pair.scale * (root_b.T @ root_a)
-        left, values, right_t = np.linalg.svd(core, full_matrices=False)
-        size = max(pair.b.shape[0], pair.a.shape[1]) * np.finfo(np.float64).eps
-        floor = size * abs(pair.scale) * float(np.linalg.norm(root_b) * np.linalg.norm(root_a))
-        kept = int(np.count_nonzero(values[: pair.rank] > floor))
+        left, values, right_t = torch.linalg.svd(core, full_matrices=False)
+        size = max(pair.b.shape[0], pair.a.shape[1]) * torch.finfo(torch.float64).eps
+        floor = size * abs(pair.scale) * float(root_b.norm() * root_a.norm())
+        kept = int((values[: pair.rank] > floor).sum())
         cores.append(
             Core(
                 core=core,
                 left=left[:, :kept],
                 values=values[:kept],
                 right=right_t[:kept].T,
-                norm=float(np.linalg.norm(core)),
+                norm=float(core.norm()),
             )
         )
     return JointModule(pairs=tuple(pairs), cores=tuple(cores), factor_cores=tuple(factor_cores))
@@ -121,7 +123,7 @@ def pair_figures(
     """The figures of two of the module's adapters, by position."""
     one, two = joint.cores[first], joint.cores[second]
     rows, columns = joint.shape
-    inner = float(np.vdot(one.core, two.core))
+    inner = float((one.core * two.core).sum())
     sizes = one.norm * two.norm
     column_cross, row_cross = one.left.T @ two.left, one.right.T @ two.right
     conflict, error = sign_conflict(joint.pairs[first], joint.pairs[second])
@@ -154,26 +156,25 @@ def pair_figures(
     )
 
 
-def _cosines(cross: Array) -> tuple[float, ...]:
+def _cosines(cross: Tensor) -> tuple[float, ...]:
     if 0 in cross.shape:
         return ()
-    values = np.linalg.svd(cross, compute_uv=False)
-    return tuple(np.clip(values, 0.0, 1.0).tolist())
+    return tuple(torch.linalg.svdvals(cross).clamp(0.0, 1.0).tolist())
 
 
-def _overlap(cross: Array) -> float:
+def _overlap(cross: Tensor) -> float:
     """`φ` of Hu et al. 2021 (arXiv:2106.09685), section 7.2, over the whole spaces."""
     if 0 in cross.shape:
         return 0.0
-    return min(1.0, float(np.vdot(cross, cross)) / min(cross.shape))
+    return min(1.0, float(cross.square().sum()) / min(cross.shape))
 
 
-def _overlap_by_chance(cross: Array, size: int) -> float:
+def _overlap_by_chance(cross: Tensor, size: int) -> float:
     """The mean over random subspaces of *size* dimensions: `(k₁k₂/size)/min(k₁, k₂)`."""
     return 0.0 if 0 in cross.shape else max(cross.shape) / size
 
 
-def _interference(one: Core, two: Core, column_cross: Array, row_cross: Array) -> float:
+def _interference(one: Core, two: Core, column_cross: Tensor, row_cross: Tensor) -> float:
     """Singular task interference, `‖(UᵀU − I)Σ(VᵀV − I)‖₁` with `U = [U₁|U₂]` and so on.
 
     Gargiulo et al. 2024 (arXiv:2412.00081). The diagonal blocks vanish, so two `k × k` products
@@ -181,7 +182,7 @@ def _interference(one: Core, two: Core, column_cross: Array, row_cross: Array) -
     """
     upper = (column_cross * two.values) @ row_cross.T
     lower = (column_cross.T * one.values) @ row_cross
-    return float(np.abs(upper).sum() + np.abs(lower).sum())
+    return float(upper.abs().sum() + lower.abs().sum())
 
 
 def _interference_by_chance(one: Core, two: Core, rows: int, columns: int) -> float:
@@ -191,7 +192,7 @@ def _interference_by_chance(one: Core, two: Core, rows: int, columns: int) -> fl
     """
     typical = math.sqrt(2 / math.pi) / math.sqrt(rows * columns)
     first, second = len(one.values), len(two.values)
-    return typical * float(first**2 * two.norm + second**2 * one.norm)
+    return typical * (first**2 * two.norm + second**2 * one.norm)
 
 
 def sign_conflict(first: LoraPair, second: LoraPair) -> tuple[float | None, float]:
@@ -207,5 +208,5 @@ def sign_conflict(first: LoraPair, second: LoraPair) -> tuple[float | None, floa
             shares.append(int((product < 0).sum()) / counted)
     if not shares:
         return None, 0.0
-    error = float(np.std(shares, ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
-    return float(np.mean(shares)), error
+    error = statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+    return statistics.fmean(shares), error

@@ -13,19 +13,18 @@ Works on values: knows nothing of files, adapters as a whole, or what the figure
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from harness.lora import LoraPair
 
 __all__ = [
-    "Array",
     "Factors",
+    "cosine",
     "delta_norm",
     "factors_of",
     "inner_product",
@@ -33,9 +32,6 @@ __all__ = [
     "one_thread",
     "singular_values",
 ]
-
-#: float64 throughout; numpy types what `linalg` returns more widely.
-Array: TypeAlias = NDArray[np.floating[Any]]
 
 #: Eigenvalues of a Gram matrix spread wider than this send the factor through QR.
 _GRAM_SPREAD = 1e-8
@@ -51,15 +47,15 @@ class Factors:
         scale: `s`, any sign.
     """
 
-    a: Array
-    b: Array
-    gram_a: Array
-    gram_b: Array
+    a: Tensor
+    b: Tensor
+    gram_a: Tensor
+    gram_b: Tensor
     scale: float
 
     @property
     def rank(self) -> int:
-        return int(self.a.shape[0])
+        return self.a.shape[0]
 
 
 @contextlib.contextmanager
@@ -74,59 +70,56 @@ def one_thread() -> Iterator[None]:
 
 
 def factors_of(pair: LoraPair) -> Factors:
-    """The factors of *pair* in float64 and their Gram matrices; `A @ A.T` runs as BLAS syrk."""
-    a, b = _float64(pair.a), _float64(pair.b)
+    """The factors of *pair* in float64 and their Gram matrices."""
+    a, b = pair.a.detach().to(torch.float64), pair.b.detach().to(torch.float64)
     return Factors(a=a, b=b, gram_a=a @ a.T, gram_b=b.T @ b, scale=pair.scale)
-
-
-def _float64(tensor: torch.Tensor) -> Array:
-    array: Array = tensor.detach().to(torch.float64).contiguous().numpy()
-    return array
 
 
 def delta_norm(factors: Factors) -> float:
     """`‖ΔW‖_F = |s|·√(Σ (A Aᵀ)∘(BᵀB))`."""
-    square = float(np.vdot(factors.gram_a, factors.gram_b))
-    return abs(factors.scale) * float(np.sqrt(max(square, 0.0)))
+    square = float((factors.gram_a * factors.gram_b).sum())
+    return abs(factors.scale) * math.sqrt(max(square, 0.0))
 
 
 def inner_product(first: Factors, second: Factors) -> float:
     """`⟨ΔW₁, ΔW₂⟩ = s₁s₂·Σ (B₁ᵀB₂)∘(A₁A₂ᵀ)`; exact up to float64 rounding."""
-    crossed = float(np.vdot(first.b.T @ second.b, first.a @ second.a.T))
+    crossed = float(((first.b.T @ second.b) * (first.a @ second.a.T)).sum())
     return first.scale * second.scale * crossed
 
 
-def singular_values(factors: Factors) -> Array:
-    """All `r` singular values of `ΔW`, descending, zeros included; `(r,)`."""
+def cosine(first: Factors, second: Factors) -> float:
+    """`⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖‖ΔW₂‖)`, 0 where one is zero."""
+    sizes = delta_norm(first) * delta_norm(second)
+    return max(-1.0, min(1.0, inner_product(first, second) / sizes)) if sizes else 0.0
+
+
+def singular_values(factors: Factors) -> Tensor:
+    """All `r` singular values of `ΔW`, descending, zeros included; `(r,)` float64."""
     core = _root(factors.b.T, factors.gram_b).T @ _root(factors.a, factors.gram_a)
-    values: Array = np.linalg.svd(core, compute_uv=False)
-    padded = np.zeros(factors.rank)
+    values = torch.linalg.svdvals(core)
+    padded = torch.zeros(factors.rank, dtype=torch.float64)
     padded[: len(values)] = values * abs(factors.scale)
     return padded
 
 
-def _sound(gram: Array) -> bool:
-    eigenvalues = np.linalg.eigvalsh(gram)
-    return bool(eigenvalues[0] > _GRAM_SPREAD * eigenvalues[-1])
-
-
-def _root(wide: Array, gram: Array) -> Array:
-    """`L` with `L Lᵀ = wide·wideᵀ`, `(r, min(r, n))`; *wide* is `(r, n)`."""
-    if _sound(gram):
-        return np.linalg.cholesky(gram)
-    upper: Any = np.linalg.qr(wide.T, mode="r")
-    root: Array = upper.T
+def _root(wide: Tensor, gram: Tensor) -> Tensor:
+    """`L` with `L Lᵀ = wide·wideᵀ = gram`, `(r, min(r, n))`; *wide* is `(r, n)`."""
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    if eigenvalues[0] > _GRAM_SPREAD * eigenvalues[-1]:
+        root: Tensor = torch.linalg.cholesky(gram)
+    else:
+        root = torch.linalg.qr(wide.T, mode="r").R.T
     return root
 
 
-def joint_roots(pairs: Sequence[LoraPair]) -> tuple[list[Array], list[Array]]:
+def joint_roots(pairs: Sequence[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
     """Square roots of the joint Gram matrices of several pairs of one shape, cut up by pair.
 
     Returns `L_Bᵢ` and `L_Aᵢ`, each `(rᵢ, R)` with `R ≤ Σr`, such that `Bᵢ = Q_B·L_Bᵢᵀ` and
     `Aᵢ = L_Aᵢ·Q_Aᵀ` with the same orthonormal `Q_B` and `Q_A` for every pair.
     """
-    ends = np.cumsum([pair.rank for pair in pairs])[:-1].tolist()
-    wide_b = np.concatenate([_float64(pair.b).T for pair in pairs])
-    wide_a = np.concatenate([_float64(pair.a) for pair in pairs])
+    ranks = [pair.rank for pair in pairs]
+    wide_b = torch.cat([pair.b.detach().to(torch.float64) for pair in pairs], dim=1).T
+    wide_a = torch.cat([pair.a.detach().to(torch.float64) for pair in pairs])
     root_b, root_a = _root(wide_b, wide_b @ wide_b.T), _root(wide_a, wide_a @ wide_a.T)
-    return np.split(root_b, ends), np.split(root_a, ends)
+    return list(torch.split(root_b, ranks)), list(torch.split(root_a, ranks))

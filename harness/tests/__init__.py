@@ -1,0 +1,1 @@
+"""Is the harness right? Mirrors the modules."""
