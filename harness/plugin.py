@@ -48,6 +48,7 @@ _MARKERS = (
     "stopping: holds stop behaviour against what is declared",
     "latency: measures time",
 )
+_TRAINABLE_BYTES = 1 << 30
 _DEST = "lora_stack_"
 _OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
 
@@ -284,6 +285,18 @@ def lora_engine(pytestconfig: pytest.Config, lora_stack: AdapterStack) -> Iterat
         pytest.fail(shown(str(error)), pytrace=False)
     with engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def lora_training_stack(lora_stack: AdapterStack) -> AdapterStack:
+    """A stack of several adapters that a training step can be taken on here, in float32 on a CPU:
+    the one under test if it is small enough, otherwise the embedded one."""
+    from harness.checkpoint_files import read_checkpoint
+
+    shards = read_checkpoint(lora_stack.base.path).shards
+    if len(lora_stack.adapters) > 1 and sum(shard.size for shard in shards) < _TRAINABLE_BYTES:
+        return lora_stack
+    return stack_from_options(StackOptions())
 
 
 @pytest.fixture(scope="session")
