@@ -1,0 +1,314 @@
+"""Figures as `analysis.json`, `report.md` and a self-contained `report.html`.
+
+The JSON's keys keep their order and hold no NaN; its schema is in docs/analysis.md. Names in
+adapters are foreign text: the HTML is escaped by jinja2, the Markdown here. Knows nothing of how
+the figures came about.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.analysis.comparison import AdapterPair, ComparisonFigures
+from harness.analysis.comparison_findings import comparison_findings
+from harness.analysis.figures import AdapterFigures
+from harness.analysis.findings import Finding, adapter_findings
+from harness.errors import InputError
+from harness.staging import staged_folder
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from harness.analysis.plots import Plot
+
+__all__ = [
+    "JSON_NAME",
+    "SCHEMA",
+    "Section",
+    "as_json",
+    "findings_of",
+    "write_report",
+]
+
+SCHEMA = "lora-stack-analysis/1"
+JSON_NAME = "analysis.json"
+_TEMPLATES = Path(__file__).parent / "templates"
+#: Rows of a table that the Markdown shows; the JSON and HTML hold all.
+_MARKDOWN_ROWS = 40
+
+Figures = AdapterFigures | ComparisonFigures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Something else in the report, such as mode outputs or latency results: one table."""
+
+    title: str
+    text: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+
+def findings_of(figures: Figures) -> list[Finding]:
+    """The findings of an analysis or a comparison."""
+    if isinstance(figures, ComparisonFigures):
+        return comparison_findings(figures)
+    return adapter_findings(figures)
+
+
+def as_json(
+    figures: Figures, *, plots: Sequence[Plot] = (), sections: Sequence[Section] = ()
+) -> dict[str, Any]:
+    """Everything as plain values in a stable order; what is not finite is None."""
+    adapters = figures.adapters if isinstance(figures, ComparisonFigures) else (figures,)
+    payload: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "comparison" if isinstance(figures, ComparisonFigures) else "analysis",
+        "findings": [
+            {"level": f.level.value, "text": f.text, "modules": list(f.modules)}
+            for f in findings_of(figures)
+        ],
+        "adapters": [_adapter(adapter) for adapter in adapters],
+        "pairs": [],
+        "strategies": [],
+        "layer_strategies": {},
+    }
+    if isinstance(figures, ComparisonFigures):
+        payload["pairs"] = [dataclasses.asdict(pair) for pair in figures.pairs]
+        payload["strategies"] = [dataclasses.asdict(s) for s in figures.strategies]
+        payload["layer_strategies"] = {
+            layer: [dataclasses.asdict(s) for s in strategies]
+            for layer, strategies in figures.layer_strategies.items()
+        }
+    payload["sections"] = [dataclasses.asdict(section) for section in sections]
+    payload["plots"] = [{"name": p.name, "title": p.title, "caption": p.caption} for p in plots]
+    plain: dict[str, Any] = _plain(payload)
+    return plain
+
+
+def _adapter(figures: AdapterFigures) -> dict[str, Any]:
+    return {
+        "name": figures.name,
+        "source": figures.source,
+        "base": figures.base,
+        "notes": list(figures.notes),
+        "faults": [str(fault) for fault in figures.faults],
+        "total": dataclasses.asdict(figures.total),
+        "kinds": [dataclasses.asdict(group) for group in figures.kinds],
+        "layers": [dataclasses.asdict(group) for group in figures.layers],
+        "modules": [
+            dataclasses.asdict(module) | {"outlier_score": figures.scores.get(module.module)}
+            for module in figures.modules
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+
+
+def write_report(
+    figures: Figures,
+    folder: Path,
+    *,
+    plots: Sequence[Plot] = (),
+    sections: Sequence[Section] = (),
+    title: str | None = None,
+) -> Path:
+    """Write the report as a new *folder*, whole or not at all; returns the folder.
+
+    The plots go beside it as `plots/<name>.png` and `.svg`, and inline into the HTML.
+
+    Raises:
+        InputError: *folder* exists and is not empty, or cannot be written.
+    """
+    payload = as_json(figures, plots=plots, sections=sections)
+    view = _view(figures, payload, plots, sections, title)
+    with staged_folder(folder) as staged:
+        text = json.dumps(payload, ensure_ascii=False, indent=1, allow_nan=False)
+        (staged / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+        for name in ("report.md", "report.html"):
+            rendered = _environment().get_template(f"{name}.jinja").render(view)
+            (staged / name).write_text(rendered, encoding="utf-8")
+        if plots:
+            (staged / "plots").mkdir()
+        for plot in plots:
+            (staged / "plots" / f"{plot.name}.png").write_bytes(plot.png)
+            (staged / "plots" / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+    return folder
+
+
+@functools.cache
+def _environment() -> Environment:
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        raise InputError(
+            "jinja2 is missing", where="the report", remedy="pip install jinja2"
+        ) from error
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=lambda name: bool(name) and ".html" in str(name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"md": _markdown, "show": _shown}
+    return environment
+
+
+def _view(
+    figures: Figures,
+    payload: Mapping[str, Any],
+    plots: Sequence[Plot],
+    sections: Sequence[Section],
+    title: str | None,
+) -> dict[str, Any]:
+    comparison = isinstance(figures, ComparisonFigures)
+    names = [adapter["name"] for adapter in payload["adapters"]]
+    return {
+        "title": title or (" and ".join(names) if comparison else names[0]),
+        "subtitle": "LoRA adapters compared" if comparison else "What is in a LoRA adapter",
+        "adapters": payload["adapters"],
+        "findings": payload["findings"],
+        "tables": [*_tables(figures), *(_section_table(section) for section in sections)],
+        "plots": [
+            {
+                "name": plot.name,
+                "title": plot.title,
+                "caption": plot.caption,
+                "uri": "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode(),
+            }
+            for plot in plots
+        ],
+        "rows_shown": _MARKDOWN_ROWS,
+    }
+
+
+def _section_table(section: Section) -> dict[str, Any]:
+    return {
+        "title": section.title, "text": section.text, "head": section.head, "rows": section.rows,
+    }  # fmt: skip
+
+
+_GROUP_COLUMNS = {
+    "modules": "modules", "parameters": "parameters", "norm_delta": "‖ΔW‖", "rms": "rms ΔW",
+    "max_spectral_norm": "largest σ₁", "mean_stable_rank": "stable rank",
+    "mean_effective_rank": "effective rank", "rank_wasted_share": "rank wasted",
+    "dead_ranks": "dead ranks", "relative_norm": "‖ΔW‖/‖W‖",
+}  # fmt: skip
+_MODULE_COLUMNS = {
+    "module": "module", "rank": "r", "scale": "s", "norm_a": "‖A‖", "norm_b": "‖B‖",
+    "norm_delta": "‖ΔW‖", "rms": "rms ΔW", "spectral_norm": "σ₁", "stable_rank": "stable rank",
+    "effective_rank": "effective rank", "rank_99": "rank for 99 %", "dead_ranks": "dead ranks",
+    "relative_norm": "‖ΔW‖/‖W‖",
+}  # fmt: skip
+_PAIR_COLUMNS = {
+    "norm_ratio": "norm ratio", "cosine": "cosine", "cosine_by_chance": "by chance ±",
+    "column_overlap": "output overlap", "column_overlap_by_chance": "by chance",
+    "row_overlap": "input overlap", "row_overlap_by_chance": "by chance",
+    "sign_conflict": "sign conflict", "interference": "interference",
+    "interference_by_chance": "by chance",
+}  # fmt: skip
+
+
+def _tables(figures: Figures) -> list[dict[str, Any]]:
+    if isinstance(figures, AdapterFigures):
+        return _adapter_tables(figures)
+    totals = _table(
+        "The adapters", "", "adapter", _GROUP_COLUMNS, [a.total for a in figures.adapters]
+    )
+    pairs = [table for pair in figures.pairs for table in _pair_tables(pair)]
+    alone = [table for a in figures.adapters for table in _adapter_tables(a)[-1:]]
+    return [totals, _strategy_table(figures), *pairs, *alone]
+
+
+def _adapter_tables(figures: AdapterFigures) -> list[dict[str, Any]]:
+    name = figures.name
+    groups = [
+        _table(f"{name}: whole and by module type", "", "type", _GROUP_COLUMNS,
+               [figures.total, *figures.kinds]),
+        _table(f"{name}: by layer", "", "layer", _GROUP_COLUMNS, figures.layers),
+    ]  # fmt: skip
+    return [*groups, _table(f"{name}: by module", "", None, _MODULE_COLUMNS, figures.modules)]
+
+
+def _pair_tables(pair: AdapterPair) -> list[dict[str, Any]]:
+    if pair.total is None:
+        return []
+    title = f"{pair.first} and {pair.second}"
+    return [
+        _table(f"{title}: whole and by module type", "", "type", _PAIR_COLUMNS,
+               [pair.total, *pair.kinds]),
+        _table(f"{title}: by layer", "", "layer", _PAIR_COLUMNS, pair.layers),
+        _table(f"{title}: by module", "", None, {"module": "module"} | _PAIR_COLUMNS,
+               pair.modules),
+    ]  # fmt: skip
+
+
+def _table(
+    title: str, text: str, name: str | None, columns: Mapping[str, str], items: Sequence[Any]
+) -> dict[str, Any]:
+    """One row an item; a column that no item has a value for is left out."""
+    fields = {"name": name, **columns} if name else dict(columns)
+    used = {f: label for f, label in fields.items()
+            if any(getattr(item, f) is not None for item in items)}  # fmt: skip
+    rows = [tuple(getattr(item, field) for field in used) for item in items]
+    return {"title": title, "text": text, "head": tuple(used.values()), "rows": rows}
+
+
+def _strategy_table(figures: ComparisonFigures) -> dict[str, Any]:
+    head = ["strategy", "what it does", "distance from the sum", "‖merged‖/‖sum‖"]
+    head += [f"{name} retained" for name in figures.names]
+    rows = [
+        (s.strategy, s.what, s.distance, s.norm_ratio, *s.retained.values())
+        for s in figures.strategies
+    ]
+    return {
+        "title": "What each merge strategy would do",
+        "text": "The plain sum is what the live stack applies. Retained is the energy of the "
+        "merged ΔW along an adapter's own, relative to that adapter's.",
+        "head": tuple(head),
+        "rows": rows,
+    }
+
+
+def _shown(value: Any) -> str:
+    """A cell: four significant digits, thousands grouped, nothing for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _inert(str(value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "–"
+    return "0" if value == 0 else f"{value:.4g}"
+
+
+def _inert(text: str) -> str:
+    """Control and bidirectional characters replaced, on one line."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
+
+
+def _markdown(value: Any) -> str:
+    """A value as Markdown text on one line that cannot leave its cell."""
+    text = _shown(value) if not isinstance(value, str) else _inert(value)
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", text).replace("@", "@\u200b")
