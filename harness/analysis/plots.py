@@ -37,7 +37,7 @@ _SIGNED = LinearSegmentedColormap.from_list(
 )
 _ANNOTATED = 80  # cells, at most, that carry their number
 _MOST_PAIRS = 6
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "svg.fonttype": "path", "svg.hashsalt": "lora-stack",
