@@ -39,6 +39,7 @@ __all__ = [
     "DEFAULT_BASE",
     "StackOptions",
     "locate_adapter",
+    "locate_base",
     "resolve_stack",
     "stack_from_options",
 ]
@@ -341,7 +342,7 @@ def _locate_base(
 ) -> Base:
     """The ladder: option > adapter_config.json > ./Qwen3-8B-Base."""
     if option is not None:
-        return _base(str(option), option_name, here)
+        return locate_base(str(option), option_name, here)
     fallback = here / DEFAULT_BASE
     claims = [(a, files[a.name].config) for a in adapters if files[a.name].config.base]
     if not claims:
@@ -393,7 +394,7 @@ def _claimed_base(adapter: Adapter, claim: str, revision: str | None, here: Path
         )
     source = f"{claim}@{revision}" if revision else claim
     try:
-        return _base(source, chosen_by, here)
+        return locate_base(source, chosen_by, here)
     except InputError as error:
         raise InputError(
             f"base_model_name_or_path {claim!r}: {error.fault}",
@@ -402,7 +403,12 @@ def _claimed_base(adapter: Adapter, claim: str, revision: str | None, here: Path
         ) from error
 
 
-def _base(source: str, chosen_by: str, here: Path) -> Base:
+def locate_base(source: str, chosen_by: str, here: Path) -> Base:
+    """The base folder that *source* names: a path (relative to *here*) or a hub id.
+
+    Raises:
+        InputError: no such folder or repository.
+    """
     path = (here / Path(source).expanduser()).resolve()
     if path.exists():
         return Base(path=path, source=source, chosen_by=chosen_by)

@@ -87,7 +87,7 @@ def _cosines(pair: AdapterPair) -> list[Finding]:
                 level=Level.ATTENTION,
                 text=f"{pair.second} {direction} {pair.first} in {kind}, "
                 f"{layer_ranges(m.layer for m in members)}: cosine up to {top.cosine:+.2f} "
-                f"against ±{top.cosine_by_chance:.1g} by chance.",
+                f"against ±{top.cosine_by_chance:.2g} by chance.",
                 modules=tuple(m.module for m in members),
             )
         )
@@ -97,7 +97,7 @@ def _cosines(pair: AdapterPair) -> list[Finding]:
                 level=Level.NOTE,
                 text=f"{pair.first} and {pair.second} point in independent directions: cosine "
                 f"{total.cosine:+.3g} over {total.modules} shared modules, against "
-                f"±{total.cosine_by_chance:.1g} by chance.",
+                f"±{total.cosine_by_chance:.2g} by chance.",
             )
         )
     return found

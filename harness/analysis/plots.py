@@ -219,7 +219,7 @@ def _map_size(
     modules: Sequence[ModuleFigures] | Sequence[PairFigures],
 ) -> tuple[float, float]:
     columns = len({m.layer for m in modules})
-    return min(14.0, 5 + 0.3 * columns), 1.8 + 0.36 * len(_kinds_of(modules))
+    return min(14.0, 7 + 0.2 * columns), 1.8 + 0.36 * len(_kinds_of(modules))
 
 
 def _grid(
@@ -298,7 +298,7 @@ def _spectra(figure: Figure, figures: AdapterFigures) -> None:
         axes.plot(places, middle, color=colour, linestyle=_STYLES[number % 8], label=_short(kind),
                   marker="o" if len(places) < 12 else None, markersize=3)  # fmt: skip
         axes.fill_between(places, np.nanmin(table, axis=0), np.nanmax(table, axis=0),
-                          color=colour, alpha=0.12, linewidth=0)  # fmt: skip
+                          color=colour, alpha=0.07, linewidth=0)  # fmt: skip
     axes.set(yscale="log", xlabel="direction", ylabel="σ / σ₁")
     axes.set_ylim(bottom=max(lowest * 0.5, 1e-6), top=1.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -438,7 +438,6 @@ def _interference(figure: Figure, pair: AdapterPair) -> None:
     axes_interference.set(title="singular task interference", ylabel="over Σσ")
     for axes in (axes_overlap, axes_interference):
         axes.set_xlabel("layer")
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.3)
+        axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.3)  # room for the legend
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=2, loc="upper center")
