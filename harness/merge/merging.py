@@ -33,7 +33,7 @@ from harness.merge.storage import DTYPE_NAMES
 from harness.merge.strategies import StrategyOptions, coefficients, find_strategy
 from harness.merge.streaming import Progress, default_workers, write_shards
 from harness.resolve import resolve_stack
-from harness.stack import AdapterStack
+from harness.stack import Adapter, AdapterStack
 from harness.staging import staged_folder
 
 __all__ = ["RoundingLossError", "merge_lora_adapters"]
@@ -100,7 +100,7 @@ def merge_lora_adapters(
     strategy = find_strategy(merge_strategy)
     options = options or StrategyOptions()
     stored = _stored_dtype(dtype)
-    _check_settings(verify, max_rounding_loss, workers)
+    check_settings(verify, max_rounding_loss, workers)
     named = (
         {name: str(path) for name, path in adapters.items()}
         if isinstance(adapters, Mapping)
@@ -113,9 +113,7 @@ def merge_lora_adapters(
     factors = dict(zip(names, coefficients(strategy.name, given, len(names)), strict=True))
     stack = resolve_stack(base_model=base_model, adapters=named)
     target = Path(output)
-    check_output(
-        target, [stack.base.path, *(a.path for a in stack.adapters)], force=force
-    )
+    check_output(target, [stack.base.path, *(a.path for a in stack.adapters)], force=force)
     checkpoint = read_checkpoint(stack.base.path)
     notes = _check_claims(stack, checkpoint)
     sources = open_sources(stack.adapters, [factors[a.name] for a in stack.adapters])
@@ -152,7 +150,7 @@ def merge_lora_adapters(
             strategy=strategy.name,
             source=strategy.source,
             base=str(base_model),
-            adapters=_records(stack, sources, factors),
+            adapters=adapter_records(stack.adapters, sources, factors),
             options={name: getattr(options, name) for name in strategy.options},
             dtype=", ".join(sorted({tensor.dtype for tensor in plan.merged})),
             verify=verify,
@@ -162,7 +160,7 @@ def merge_lora_adapters(
             sha256=sha256,
             details=_details(checkpoint, plan),
             notes=tuple(notes),
-            versions=_versions(),
+            versions=used_versions(),
             seconds=time.perf_counter() - begun,
         )
         loss = report.rounding_loss
@@ -188,7 +186,8 @@ def _stored_dtype(dtype: str | None) -> str | None:
     return name
 
 
-def _check_settings(verify: str, limit: float | None, workers: int | None) -> None:
+def check_settings(verify: str, limit: float | None, workers: int | None) -> None:
+    """Refuse a bad `--verify`, `--max-rounding-loss` or `--workers`."""
     if verify not in _VERIFY:
         raise InputError(
             f"{verify!r} is not known", where="--verify", remedy=f"choose from {', '.join(_VERIFY)}"
@@ -294,9 +293,10 @@ def _has_template(folder: Path) -> bool:
     return file.is_file() and '"chat_template"' in file.read_text(encoding="utf-8")
 
 
-def _records(
-    stack: AdapterStack, sources: Sequence[Source], factors: Mapping[str, float]
+def adapter_records(
+    adapters: Sequence[Adapter], sources: Sequence[Source], factors: Mapping[str, float]
 ) -> tuple[AdapterRecord, ...]:
+    """What went in, in the order given."""
     by_name = {source.name: source for source in sources}
     return tuple(
         AdapterRecord(
@@ -308,7 +308,7 @@ def _records(
             parameters=by_name[adapter.name].files.parameters,
             sha256=by_name[adapter.name].digest,
         )
-        for adapter in stack.adapters
+        for adapter in adapters
     )
 
 
@@ -324,7 +324,8 @@ def _details(checkpoint: CheckpointFiles, plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def used_versions() -> dict[str, str]:
+    """What computed the result."""
     import numpy
 
     import harness

@@ -118,9 +118,7 @@ def make_plan(
         else:
             _check_target(checkpoint, name, found)
         by_tensor[name] = found
-    untied = embedding is not None and (
-        f"{_HEAD}.weight" in by_tensor or embedding in by_tensor
-    )
+    untied = embedding is not None and (f"{_HEAD}.weight" in by_tensor or embedding in by_tensor)
     shards = []
     for file in checkpoint.shards:
         wanted = [(entry.name, entry, file) for entry in file.entries.values()]

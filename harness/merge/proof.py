@@ -212,7 +212,7 @@ def _check_merged(
 ) -> TensorLedger:
     reference = _Reference(tensor, recipe, order)
     precision = float(np.finfo(accumulator(tensor.dtype)).eps) * (reference.rank + 4)
-    count, columns = tensor.shape
+    columns = tensor.shape[1]
     checked = exact = unmoved = 0
     worst = weight = delta_sum = lost = one_by_one = 0.0
     in_turn = len(reference.parts) > 1 and recipe.strategy.kind is Kind.SUM
@@ -296,4 +296,3 @@ def file_digests(paths: Sequence[Path], *, workers: int) -> dict[str, str]:
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
         return dict(zip((p.name for p in paths), pool.map(digest, paths), strict=True))
-

@@ -82,11 +82,15 @@ def _to_bfloat16(numbers: Array) -> Array:
         if small.any():
             rounded = np.where(small, np.rint(numbers / _BF16_STEP) * _BF16_STEP, rounded)
         rounded = np.where(np.isnan(numbers), np.nan, rounded)
-        top = (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-        return top
+        top: Array = rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)
+        return top.astype(np.uint16)
+    return _float32_to_bfloat16(numbers)
+
+
+def _float32_to_bfloat16(numbers: Array) -> Array:
     bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32)
     kept = bits + ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
-    top = (kept >> np.uint32(16)).astype(np.uint16)
+    top: Array = (kept >> np.uint32(16)).astype(np.uint16)
     nan = np.isnan(numbers)
     if nan.any():
         top[nan] = 0x7FC0

@@ -165,8 +165,8 @@ def _tsv(pairs: Sequence[Factors], weights: Sequence[float], options: StrategyOp
     # Each task keeps at most its share of the matrix's rank, then the singular vectors of all
     # tasks are made orthonormal together (the nearest orthonormal set: Procrustes).
     room = max(1, min(pairs[0][0].shape[0], pairs[0][1].shape[1]) // len(pairs))
-    parts = [tuple(part[:, :room] if axis else part[:room] for axis, part in
-             ((1, u), (0, s), (0, vt))) for u, s, vt in (thin_svd(*pair) for pair in pairs)]  # fmt: skip
+    whole = [thin_svd(*pair) for pair in pairs]
+    parts = [(u[:, :room], s[:room], vt[:room]) for u, s, vt in whole]
     u = _nearest_orthonormal(np.concatenate([part[0] for part in parts], axis=1))
     v = _nearest_orthonormal(np.concatenate([part[2].T for part in parts], axis=1))
     s = np.concatenate([w * part[1] for w, part in zip(weights, parts, strict=True)])
@@ -193,9 +193,7 @@ def _knots(pairs: Sequence[Factors], weights: Sequence[float], options: Strategy
     tolerance = s[0] * max(lefts.shape[0], pairs[0][1].shape[1]) * np.finfo(s.dtype).eps
     rank = max(1, int(np.count_nonzero(s > tolerance)))
     offsets = np.cumsum([0, *(r.shape[0] for _, r in bases)])
-    aligned = [
-        vt[:rank, offsets[i] : offsets[i + 1]] @ q.T for i, (q, _) in enumerate(bases)
-    ]
+    aligned = [vt[:rank, offsets[i] : offsets[i + 1]] @ q.T for i, (q, _) in enumerate(bases)]
     merged = _ties(aligned, weights, options, ())
     return (q_left @ u[:, :rank]) * s[:rank], merged
 

@@ -258,7 +258,7 @@ class _Worker(threading.local):
                 raw, delta, inside, self.scratch,
                 stored=tensor.source.dtype, wanted=tensor.dtype, check=check,
             )  # fmt: skip
-            _write(output, memoryview(result).cast("B"), tensor.start + first * written)
+            _write(output, result.data.cast("B"), tensor.start + first * written)
 
     def _convert(self, output: int, tensor: OutputTensor, entries: slice) -> None:
         source = self.sources[tensor.source_file.path]
@@ -276,7 +276,7 @@ class _Worker(threading.local):
             back = decode(result, tensor.dtype, into)
             if (~np.isfinite(back) & np.isfinite(numbers)).any():
                 raise _overflow(tensor)
-            _write(output, memoryview(result).cast("B"), tensor.start + first * new)
+            _write(output, result.data.cast("B"), tensor.start + first * new)
 
 
 def _overflow(tensor: OutputTensor) -> InputError:
