@@ -3,7 +3,8 @@
 `ΔW = s·B·A` with `A: (r, in)`, `B: (out, r)`, `s = alpha/r` (Hu et al. 2021, arXiv:2106.09685)
 or `alpha/√r` (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). A stack is additive:
 `W = W_base + Σ wᵢ·ΔWᵢ`. The float64 functions here are the oracle that PEFT and the live model
-are judged by. Knows nothing of files, PEFT or models.
+are judged by. torch is imported by the first function that computes: reading an adapter's header
+costs none of it. Knows nothing of files, PEFT or models.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["LoraPair", "add_deltas", "apply_linear", "flatten_pairs", "lora_scale"]
 
@@ -42,8 +45,11 @@ class LoraPair:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """`s·B·A` in the base weight's own layout, computed in *dtype*."""
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """`s·B·A` in the base weight's own layout, computed in *dtype* (float64 if None)."""
+        import torch
+
+        dtype = torch.float64 if dtype is None else dtype
         product = (self.b.to(dtype) @ self.a.to(dtype)) * self.scale
         return product.T if self.transposed else product
 
@@ -57,14 +63,18 @@ def add_deltas(
     weight: Tensor,
     terms: Iterable[tuple[float, LoraPair]],
     *,
-    accumulate: torch.dtype = torch.float64,
+    accumulate: torch.dtype | None = None,
 ) -> Tensor:
-    """`W + Σ wᵢ·sᵢ·BᵢAᵢ`, accumulated in *accumulate* and returned in it: nothing is rounded.
+    """`W + Σ wᵢ·sᵢ·BᵢAᵢ`, accumulated in *accumulate* (float64 if None), returned in it:
+    nothing is rounded.
 
     The terms are added in the order of their module-independent content: floating-point
     addition does not commute over three or more terms, so they are first summed among
     themselves in a canonical order. The result does not depend on the order given.
     """
+    import torch
+
+    accumulate = torch.float64 if accumulate is None else accumulate
     deltas = [pair.delta(accumulate) * factor for factor, pair in terms]
     total = weight.to(accumulate)
     if not deltas:
@@ -82,6 +92,8 @@ def apply_linear(
     bias: Tensor | None = None,
 ) -> Tensor:
     """`(W + Σ wᵢ·sᵢ·BᵢAᵢ)x (+ bias)` in float64; `inputs: (…, in)`, `weight: (out, in)`."""
+    import torch
+
     x = inputs.to(torch.float64)
     result = x @ weight.to(torch.float64).T
     for factor, pair in terms:
@@ -95,6 +107,8 @@ def flatten_pairs(terms: Sequence[tuple[float, LoraPair]]) -> LoraPair:
     Raises:
         ValueError: the terms belong to different modules or layouts.
     """
+    import torch
+
     first = terms[0][1]
     if any(p.module != first.module or p.transposed != first.transposed for _, p in terms):
         raise ValueError("only pairs of one module can be concatenated")

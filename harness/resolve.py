@@ -39,6 +39,7 @@ __all__ = [
     "DEFAULT_BASE",
     "StackOptions",
     "locate_adapter",
+    "locate_adapters",
     "locate_base",
     "resolve_stack",
     "stack_from_options",
@@ -226,24 +227,12 @@ def resolve_stack(
             for one folder.
     """
     here = folder or Path.cwd()
-    found: list[Adapter] = []
-    files: dict[str, AdapterFiles] = {}
-    for adapter_name, source in (adapters or {}).items():
-        check_adapter_name(adapter_name, where=f"adapter {adapter_name!r}")
-        adapter = locate_adapter(adapter_name, str(source), here)
-        for other in found:
-            if other.path == adapter.path:
-                raise InputError(
-                    f"{other.name!r} and {adapter_name!r} are the same folder",
-                    where=adapter.path,
-                    remedy="give each adapter its own; for a double weight use "
-                    f"--modes {other.name}*2",
-                )
-        found.append(adapter)
-        files[adapter_name] = read_adapter(adapter.path)
-        if files[adapter_name].config.not_additive:
+    found = locate_adapters(adapters or {}, folder=here)
+    files = {adapter.name: read_adapter(adapter.path) for adapter in found}
+    for adapter in found:
+        if files[adapter.name].config.not_additive:
             raise InputError(
-                f"cannot be stacked: {files[adapter_name].config.not_additive[0]}",
+                f"cannot be stacked: {files[adapter.name].config.not_additive[0]}",
                 where=adapter.path / CONFIG_NAME,
                 remedy="only plain LoRA and rsLoRA adapters are additive",
             )
@@ -260,6 +249,32 @@ def resolve_stack(
         adapters=tuple(found),
         modes=chosen,
     )
+
+
+def locate_adapters(
+    adapters: Mapping[str, str | Path], *, folder: Path | None = None
+) -> list[Adapter]:
+    """Find named adapter folders; nothing in them is read.
+
+    Raises:
+        InputError: a name that cannot be used, a folder or hub id that cannot be had, two names
+            for one folder.
+    """
+    here = folder or Path.cwd()
+    found: list[Adapter] = []
+    for adapter_name, source in adapters.items():
+        check_adapter_name(adapter_name, where=f"adapter {adapter_name!r}")
+        adapter = locate_adapter(adapter_name, str(source), here)
+        for other in found:
+            if other.path == adapter.path:
+                raise InputError(
+                    f"{other.name!r} and {adapter_name!r} are the same folder",
+                    where=adapter.path,
+                    remedy="give each adapter its own; for a double weight use "
+                    f"--modes {other.name}*2",
+                )
+        found.append(adapter)
+    return found
 
 
 def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], base: Base) -> None:

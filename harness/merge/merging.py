@@ -1,0 +1,347 @@
+"""Several adapters into one checkpoint: checks, then a streamed write, then proof, then the name.
+
+The order is what keeps it safe: nothing is written before every input and option is found sound,
+and the output gets its name only after it was read back. Knows nothing of the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from harness.checkpoint_files import INDEX_NAME, CheckpointFiles, read_checkpoint
+from harness.errors import HarnessError, InputError
+from harness.merge.factors import (
+    Source,
+    adapter_names,
+    check_weights,
+    open_sources,
+    terms_by_module,
+)
+from harness.merge.places import Watch, check_output, check_space, copy_beside, files_beside
+from harness.merge.plan import MergePlan, changed_config, changed_index, make_plan
+from harness.merge.proof import Verify, file_digests, prove
+from harness.merge.recipe import Recipe
+from harness.merge.report import AdapterRecord, MergeReport
+from harness.merge.storage import DTYPE_NAMES
+from harness.merge.strategies import StrategyOptions, coefficients, find_strategy
+from harness.merge.streaming import Progress, default_workers, write_shards
+from harness.resolve import resolve_stack
+from harness.stack import Adapter, AdapterStack
+from harness.staging import staged_folder
+
+__all__ = ["RoundingLossError", "merge_lora_adapters"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_VERIFY = ("none", "sampled", "full")
+
+
+class RoundingLossError(HarnessError):
+    """The storage dtype lost more of ΔW than was allowed; nothing was kept. Exit code 1."""
+
+    def __init__(self, report: MergeReport, limit: float) -> None:
+        self.report = report
+        self.limit = limit
+        super().__init__(
+            f"rounding to {report.dtype} lost {report.rounding_loss:.3%} of ‖ΔW‖, "
+            f"more than {limit:.3%}; nothing was written → choose --dtype float32, or serve the "
+            "adapters unmerged (lora-stack flatten)"
+        )
+
+
+def merge_lora_adapters(
+    base_model: str | Path,
+    adapters: Sequence[str | Path] | Mapping[str, str | Path],
+    output: str | Path,
+    *,
+    merge_strategy: str = "sequential",
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    options: StrategyOptions | None = None,
+    workers: int | None = None,
+    verify: Verify = "sampled",
+    max_rounding_loss: float | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write `W + merged ΔW` of one or more LoRA adapters as a checkpoint like the base's.
+
+    The same inputs and options give the same bytes, with any number of workers and, for
+    `sequential`, in any order of adapters. Sums are accumulated in float32 (float64 for weights
+    stored as float32 or float64) and rounded once.
+
+    Args:
+        base_model: the base's folder or hub id.
+        adapters: folders or hub ids, or a mapping from names to them.
+        output: a new folder; it appears whole or not at all.
+        merge_strategy: a name in `harness.merge.strategies.STRATEGIES`.
+        weights: one finite number an adapter, in the order given.
+        dtype: `bfloat16`, `float16` or `float32` for all floating tensors; None keeps each one's.
+        options: density, rank, seed … of the strategies that have them.
+        workers: threads; None for one a core.
+        verify: `sampled` reads back rows of each merged tensor and pieces of each other one;
+            `full` every byte, with SHA-256 of the weights; `none` nothing.
+        max_rounding_loss: the share of ‖ΔW‖ that the storage dtype may lose, e.g. 0.5.
+        force: replace a non-empty output folder.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        InputError: anything wrong with options, inputs or the place; nothing was written.
+        RoundingLossError: the loss is above *max_rounding_loss*; nothing was kept.
+        ProofError: what was read back is not what it should be; nothing was kept.
+    """
+    begun = time.perf_counter()
+    strategy = find_strategy(merge_strategy)
+    options = options or StrategyOptions()
+    stored = _stored_dtype(dtype)
+    check_settings(verify, max_rounding_loss, workers)
+    named = (
+        {name: str(path) for name, path in adapters.items()}
+        if isinstance(adapters, Mapping)
+        else adapter_names(adapters)
+    )
+    if not named:
+        raise InputError("no adapter is named", where="--adapters", remedy="name one or more")
+    names = list(named)
+    given = None if weights is None else check_weights(weights, names)
+    factors = dict(zip(names, coefficients(strategy.name, given, len(names)), strict=True))
+    stack = resolve_stack(base_model=base_model, adapters=named)
+    target = Path(output)
+    check_output(target, [stack.base.path, *(a.path for a in stack.adapters)], force=force)
+    checkpoint = read_checkpoint(stack.base.path)
+    notes = _check_claims(stack, checkpoint)
+    sources = open_sources(stack.adapters, [factors[a.name] for a in stack.adapters])
+    plan = make_plan(checkpoint, terms_by_module(sources), dtype=stored)
+    beside = files_beside(checkpoint.folder)
+    check_space(
+        target, plan.size + sum((checkpoint.folder / name).stat().st_size for name in beside)
+    )
+    watch = Watch(
+        [shard.path for shard in checkpoint.shards]
+        + [a.path / name for a in stack.adapters for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    )
+    recipe = Recipe(strategy=strategy, coefficients=factors, options=options)
+    threads = workers or default_workers()
+    with staged_folder(target, replace=force) as staged:
+        copy_beside(checkpoint.folder, staged, beside)
+        notes += _write_texts(staged, checkpoint, plan, stack)
+        write_shards(staged, plan, recipe, workers=threads, progress=progress)
+        tensors = (
+            ()
+            if verify == "none"
+            else prove(staged, plan, recipe, names, verify=verify, workers=threads)
+        )
+        sha256 = {}
+        if verify == "full":
+            shards = [shard.path for shard in checkpoint.shards]
+            sha256["base"] = file_digests(shards, workers=threads)
+            written = [staged / shard.name for shard in plan.shards]
+            sha256["output"] = file_digests(written, workers=threads)
+        watch.check()
+        report = MergeReport(
+            kind="merge",
+            output=str(target),
+            strategy=strategy.name,
+            source=strategy.source,
+            base=str(base_model),
+            adapters=adapter_records(stack.adapters, sources, factors),
+            options={name: getattr(options, name) for name in strategy.options},
+            dtype=", ".join(sorted({tensor.dtype for tensor in plan.merged})),
+            verify=verify,
+            tensors=tensors,
+            bytes_written=plan.size,
+            parameters_touched=sum(tensor.count for tensor in plan.merged),
+            sha256=sha256,
+            details=_details(checkpoint, plan),
+            notes=tuple(notes),
+            versions=used_versions(),
+            seconds=time.perf_counter() - begun,
+        )
+        loss = report.rounding_loss
+        if max_rounding_loss is not None and loss is not None and loss > max_rounding_loss:
+            raise RoundingLossError(report, max_rounding_loss)
+        (staged / "merge_proof.json").write_text(report.as_text(), encoding="utf-8")
+        (staged / "merge_report.md").write_text(report.as_markdown(timed=False), encoding="utf-8")
+        card = report.as_card(base_id=base_id(stack, sources), adapter=False)
+        (staged / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+def _stored_dtype(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    name = DTYPE_NAMES.get(dtype.removeprefix("torch."))
+    if name is None:
+        raise InputError(
+            f"{dtype!r} is no dtype to store",
+            where="--dtype",
+            remedy="choose bfloat16, float16, float32 or float64",
+        )
+    return name
+
+
+def check_settings(verify: str, limit: float | None, workers: int | None) -> None:
+    """Refuse a bad `--verify`, `--max-rounding-loss` or `--workers`."""
+    if verify not in _VERIFY:
+        raise InputError(
+            f"{verify!r} is not known", where="--verify", remedy=f"choose from {', '.join(_VERIFY)}"
+        )
+    if limit is not None and not limit >= 0:
+        raise InputError(f"{limit} is no share", where="--max-rounding-loss", remedy="e.g. 0.5")
+    if limit is not None and verify == "none":
+        raise InputError(
+            "needs the output to be read back",
+            where="--max-rounding-loss",
+            remedy="use --verify sampled or full",
+        )
+    if workers is not None and workers < 1:
+        raise InputError(f"{workers} workers", where="--workers", remedy="1 or more")
+
+
+def _check_claims(stack: AdapterStack, checkpoint: CheckpointFiles) -> list[str]:
+    """Hold the bases that the adapters name against the one given.
+
+    A claimed base that is at hand and whose weights differ is refused; one that is elsewhere can
+    only be noted.
+    """
+    notes = []
+    for source in stack.adapters:
+        raw = json.loads((source.path / CONFIG_NAME).read_text(encoding="utf-8"))
+        claim = raw.get("base_model_name_or_path")
+        if not claim:
+            continue
+        places = [(root / claim).resolve() for root in (source.path, Path.cwd())]
+        here = next((place for place in places if place.is_dir()), None)
+        if here is None:
+            if Path(claim).name not in (stack.base.path.name, Path(stack.base.source).name):
+                notes.append(
+                    f"{source.name} says that it was trained on {claim!r}, which is not here to "
+                    "compare; shapes fit."
+                )
+        elif here != stack.base.path and not _same_weights(here, checkpoint):
+            raise InputError(
+                f"was trained on {claim}, whose weights differ from {stack.base.source}",
+                where=source.path / CONFIG_NAME,
+                remedy=f"give --base {claim}",
+            )
+    return notes
+
+
+def _same_weights(folder: Path, checkpoint: CheckpointFiles) -> bool:
+    """Whether *folder* holds the same tensors, by shape and by the first 4 KiB of each."""
+    try:
+        other = read_checkpoint(folder)
+    except InputError:
+        return True  # nothing to compare with
+    if set(other.places) != set(checkpoint.places):
+        return False
+    for name, shard in checkpoint.places.items():
+        mine, theirs = checkpoint.entry(name), other.entry(name)
+        if mine.shape != theirs.shape:
+            return False
+        if mine.dtype != theirs.dtype:
+            continue  # a conversion of the same model: shapes are all that can be compared
+        heads = []
+        for file, entry in ((shard, mine), (other.places[name], theirs)):
+            with file.path.open("rb") as stream:
+                stream.seek(entry.start)
+                heads.append(stream.read(min(4096, entry.end - entry.start)))
+        if heads[0] != heads[1]:
+            return False
+    return True
+
+
+def _write_texts(
+    staged: Path, checkpoint: CheckpointFiles, plan: MergePlan, stack: AdapterStack
+) -> list[str]:
+    """The index, and what has to be said anew in `config.json`; returns notes."""
+    notes = []
+    index = changed_index(checkpoint, plan)
+    if index is not None:
+        (staged / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    elif checkpoint.index is not None:
+        copy_beside(checkpoint.folder, staged, [Path(INDEX_NAME)])
+    config = changed_config(checkpoint, plan)
+    if config is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (staged / "config.json").write_text(text, encoding="utf-8")
+    if plan.untied:
+        notes.append(
+            "The base ties its head to the embedding and an adapter changes one of them: the "
+            "output stores both (tie_word_embeddings = false)."
+        )
+    # The engine takes the template of the last adapter that has one where the base has none.
+    if not _has_template(checkpoint.folder):
+        for adapter in reversed(stack.adapters):
+            if (adapter.path / "chat_template.jinja").is_file():
+                copy_beside(adapter.path, staged, [Path("chat_template.jinja")])
+                notes.append(f"The chat template is {adapter.name}'s; the base has none.")
+                break
+    return notes
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and '"chat_template"' in file.read_text(encoding="utf-8")
+
+
+def adapter_records(
+    adapters: Sequence[Adapter], sources: Sequence[Source], factors: Mapping[str, float]
+) -> tuple[AdapterRecord, ...]:
+    """What went in, in the order given."""
+    by_name = {source.name: source for source in sources}
+    return tuple(
+        AdapterRecord(
+            name=adapter.name,
+            source=adapter.source,
+            weight=factors[adapter.name],
+            rank=max(pair.rank for pair in by_name[adapter.name].files.pairs.values()),
+            modules=len(by_name[adapter.name].files.pairs),
+            parameters=by_name[adapter.name].files.parameters,
+            sha256=by_name[adapter.name].digest,
+        )
+        for adapter in adapters
+    )
+
+
+def _details(checkpoint: CheckpointFiles, plan: MergePlan) -> dict[str, Any]:
+    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+    return {
+        "shards": len(plan.shards),
+        "tensors": len(tensors),
+        "tensors merged": len(plan.merged),
+        "tensors copied": sum(tensor.copied for tensor in tensors),
+        "parameters": sum(tensor.count for tensor in tensors),
+        "base bytes": sum(shard.size for shard in checkpoint.shards),
+    }
+
+
+def used_versions() -> dict[str, str]:
+    """What computed the result."""
+    import numpy
+
+    import harness
+
+    return {
+        "lora-stack-harness": harness.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def base_id(stack: AdapterStack | None, sources: Sequence[Source]) -> str | None:
+    """The base's hub id for a model card, where the adapters or the options name one."""
+    claims = [stack.base.source] if stack is not None else []
+    claims += [source.files.config.base or "" for source in sources]
+    for claim in claims:
+        if _HUB_ID.fullmatch(claim) and not Path(claim).exists():
+            return claim
+    return None

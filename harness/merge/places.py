@@ -1,0 +1,127 @@
+"""Where a merge may write, what is copied beside the weights, and whether the inputs held still.
+
+Every check here runs before the first byte is written. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from harness.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from harness.checkpoint_files import INDEX_NAME
+from harness.errors import HarnessError, InputError
+
+__all__ = ["Watch", "check_output", "check_space", "copy_beside", "files_beside"]
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack",
+    ".index.json", ".tflite", ".npz",
+)  # fmt: skip
+# A README would describe the base; an adapter lying in the base folder is applied unasked by
+# transformers; the others are this harness's own, of an earlier merge.
+_LEFT_OUT = frozenset(
+    {"README.md", CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "merge_proof.json", "merge_report.md"}
+)
+_SPARE = 16 << 20
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuse an output that would destroy an input or somebody's files.
+
+    Raises:
+        InputError: the output lies in an input or an input in it; it is a file; it is a non-empty
+            folder and not *force*.
+    """
+    place = output.resolve()
+    for source in inputs:
+        origin = source.resolve()
+        if place == origin or origin in place.parents:
+            raise InputError(
+                f"lies inside an input ({source})", where=output, remedy="choose another folder"
+            )
+        if place in origin.parents:
+            raise InputError(
+                f"holds an input ({source}), which would be replaced",
+                where=output,
+                remedy="choose another folder",
+            )
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        kind = "a link" if output.is_symlink() else "a file"
+        raise InputError(f"is {kind}", where=output, remedy="name a new folder")
+    if not force and output.is_dir() and any(output.iterdir()):
+        raise InputError(
+            "is not empty", where=output, remedy="name a new folder, or pass --force to replace it"
+        )
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold; the old output stays until the new one is whole.
+
+    Raises:
+        InputError: less than *needed* bytes and some spare are free.
+    """
+    parent = output.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed + _SPARE:
+        raise InputError(
+            f"{needed:,} bytes are needed, {free:,} are free",
+            where=parent,
+            remedy="free some space, or choose another disk",
+        )
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """What belongs to a checkpoint besides its weights, relative to *folder*: configs, tokenizer,
+    templates, licence, remote code. No weights, no index, no hidden files, no adapters."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        place = Path(root)
+        folders[:] = sorted(name for name in folders if not _foreign(place / name))
+        for name in sorted(names):
+            path = place / name
+            if name.startswith(".") or name.endswith(_WEIGHTS) or not path.is_file():
+                continue
+            if name in _LEFT_OUT and place == folder:
+                continue
+            found.append(path.relative_to(folder))
+    return found
+
+
+def _foreign(folder: Path) -> bool:
+    """Folders that are no part of the checkpoint: hidden ones, adapters, other checkpoints."""
+    return (
+        folder.name.startswith((".", "__pycache__"))
+        or folder.is_symlink()
+        or (folder / CONFIG_NAME).exists()
+        or (folder / "config.json").exists()
+    )
+
+
+def copy_beside(folder: Path, target: Path, names: Sequence[Path]) -> None:
+    """Copy the files *names* of *folder* to *target*; links are followed, modes are not kept."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+
+
+class Watch:
+    """Notices that an input file changed between the beginning and the end."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._before = {path: self._state(path) for path in paths}
+
+    @staticmethod
+    def _state(path: Path) -> tuple[int, int, int]:
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+
+    def check(self) -> None:
+        """Raises `HarnessError` if a file is not what it was."""
+        for path, before in self._before.items():
+            if not path.exists() or self._state(path) != before:
+                raise HarnessError(f"{path} changed while it was being merged; nothing was kept")

@@ -1,0 +1,302 @@
+"""Writing a merged checkpoint shard by shard, in bounded memory, with any number of workers.
+
+Untouched ranges are copied by the kernel (`copy_file_range`, else read and write); adapted rows
+are read into one reused buffer, added and rounded in place, and written at their offset. Work is
+cut at fixed rows, so the bytes do not depend on who does it. Knows nothing of options, reports or
+how the folder gets its final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.errors import HarnessError, InputError
+from harness.merge.kernel import ROWS, Scratch, add_block
+from harness.merge.plan import MergePlan, OutputTensor, ShardPlan
+from harness.merge.recipe import Recipe, make_delta, splittable
+from harness.merge.storage import RAW, decode, encode
+from harness.tensor_files import DTYPE_BYTES
+
+__all__ = ["Progress", "default_workers", "write_shards"]
+
+Array = NDArray[Any]
+#: Called with bytes done and bytes in all.
+Progress = Callable[[int, int], None]
+
+_CHUNK_ROWS = 16 * ROWS
+_COPY_BYTES = 64 << 20
+_BUFFER_BYTES = 4 << 20
+_CONVERT_ENTRIES = 1 << 19
+_NO_KERNEL_COPY = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """One worker's piece: a byte range to copy, or rows of a tensor to compute."""
+
+    shard: int
+    size: int
+    copy: tuple[int, int, int, int] | None = None  # source number, from, to, bytes
+    tensor: OutputTensor | None = None
+    rows: slice = field(default_factory=lambda: slice(0, 0))
+
+
+class _Cancelled(Exception):
+    """Another worker failed."""
+
+
+def default_workers() -> int:
+    """One a core that this process may use, at most 8 (the disk is the limit then)."""
+    return max(1, min(8, len(os.sched_getaffinity(0))))
+
+
+def write_shards(
+    folder: Path,
+    plan: MergePlan,
+    recipe: Recipe,
+    *,
+    workers: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write every shard of *plan* into *folder*.
+
+    Raises:
+        InputError: a result that its dtype cannot hold.
+        HarnessError: a base file became shorter while it was read.
+        OSError: the disk is full or fails.
+    """
+    from threadpoolctl import threadpool_limits
+
+    sources: dict[Path, int] = {}
+    outputs: list[int] = []
+    stop = threading.Event()
+    try:
+        for shard in plan.shards:
+            for tensor in shard.tensors:
+                path = tensor.source_file.path
+                if path not in sources:
+                    sources[path] = os.open(path, os.O_RDONLY)
+            outputs.append(_new_file(folder / shard.name, shard))
+        tasks = list(_tasks(plan, sources, recipe))
+        worker = _Worker(outputs, sources, recipe, stop)
+        # One thread a worker: threads inside BLAS would fight them, and could cut the sums anew.
+        with threadpool_limits(limits=1, user_api="blas"):
+            _run_all(tasks, worker, workers, stop, progress)
+    finally:
+        for descriptor in (*sources.values(), *outputs):
+            os.close(descriptor)
+
+
+def _run_all(
+    tasks: Sequence[_Task],
+    worker: _Worker,
+    workers: int,
+    stop: threading.Event,
+    progress: Progress | None,
+) -> None:
+    total = sum(task.size for task in tasks)
+    done = 0
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="merge")
+    try:
+        pending: dict[Future[None], int] = {pool.submit(worker, t): t.size for t in tasks}
+        while pending:
+            finished, _ = wait(pending, timeout=0.25, return_when=FIRST_EXCEPTION)
+            if progress is not None and not finished:
+                finished = {future for future in pending if future.done()}
+            for future in finished:
+                future.result()
+                done += pending.pop(future)
+            if progress is not None:
+                progress(done, total)
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _new_file(path: Path, shard: ShardPlan) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            os.posix_fallocate(descriptor, 0, shard.size)  # a full disk shows here, not at the end
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.ftruncate(descriptor, shard.size)
+        _write(descriptor, memoryview(shard.head), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _tasks(plan: MergePlan, sources: dict[Path, int], recipe: Recipe) -> Iterator[_Task]:
+    for number, shard in enumerate(plan.shards):
+        run: tuple[int, int, int, int] | None = None
+        for tensor in shard.tensors:
+            if not tensor.copied:
+                if run:
+                    yield from _copies(number, run)
+                    run = None
+                yield from _computed(number, tensor, recipe)
+                continue
+            source = sources[tensor.source_file.path]
+            size = tensor.end - tensor.start
+            if run and run[0] == source and run[1] + run[3] == tensor.source.start:
+                run = (*run[:3], run[3] + size)  # neighbours in both files: one range
+            else:
+                if run:
+                    yield from _copies(number, run)
+                run = (source, tensor.source.start, tensor.start, size)
+        if run:
+            yield from _copies(number, run)
+
+
+def _copies(shard: int, run: tuple[int, int, int, int]) -> Iterator[_Task]:
+    source, start, target, size = run
+    for offset in range(0, size, _COPY_BYTES):
+        count = min(_COPY_BYTES, size - offset)
+        yield _Task(shard=shard, size=count, copy=(source, start + offset, target + offset, count))
+
+
+def _computed(shard: int, tensor: OutputTensor, recipe: Recipe) -> Iterator[_Task]:
+    if not tensor.terms:
+        count, step = tensor.count, _CONVERT_ENTRIES * 16
+    else:
+        count = tensor.shape[0]
+        step = _CHUNK_ROWS if splittable(recipe) else count
+    width = (tensor.end - tensor.start) // max(count, 1)
+    for start in range(0, count, max(step, 1)):
+        rows = slice(start, min(start + step, count))
+        yield _Task(shard=shard, size=(rows.stop - start) * width, tensor=tensor, rows=rows)
+
+
+class _Worker(threading.local):
+    """Runs tasks; every thread that calls it gets buffers of its own."""
+
+    def __init__(
+        self,
+        outputs: Sequence[int],
+        sources: dict[Path, int],
+        recipe: Recipe,
+        stop: threading.Event,
+    ) -> None:
+        self.outputs, self.sources, self.recipe, self.stop = outputs, sources, recipe, stop
+        self.scratch = Scratch()
+        self.buffer = bytearray()
+
+    def __call__(self, task: _Task) -> None:
+        try:
+            if task.copy is not None:
+                self._copy(self.outputs[task.shard], *task.copy)
+            elif task.tensor is not None and task.tensor.terms:
+                self._merge(self.outputs[task.shard], task.tensor, task.rows)
+            elif task.tensor is not None:
+                self._convert(self.outputs[task.shard], task.tensor, task.rows)
+        except _Cancelled:
+            return
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def _go_on(self) -> None:
+        if self.stop.is_set():
+            raise _Cancelled
+
+    def _space(self, size: int) -> memoryview:
+        if len(self.buffer) < size:
+            self.buffer = bytearray(size)
+        return memoryview(self.buffer)[:size]
+
+    def _copy(self, output: int, source: int, start: int, target: int, size: int) -> None:
+        while size:
+            self._go_on()
+            try:
+                count = os.copy_file_range(source, output, size, start, target)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                space = self._space(min(size, _BUFFER_BYTES))
+                _read(source, space, start)
+                _write(output, space, target)
+                count = len(space)
+            if count == 0:
+                raise HarnessError("the base became shorter while it was read")
+            start, target, size = start + count, target + count, size - count
+
+    def _merge(self, output: int, tensor: OutputTensor, rows: slice) -> None:
+        source = self.sources[tensor.source_file.path]
+        delta = make_delta(self.recipe, tensor.terms, rows, tensor.dtype)
+        columns = tensor.shape[1]
+        wide = columns * DTYPE_BYTES[tensor.source.dtype]
+        written = columns * DTYPE_BYTES[tensor.dtype]
+
+        def check(result: Array) -> None:
+            values = decode(result, tensor.dtype, np.float32)
+            if not np.isfinite(values).all():
+                raise _overflow(tensor)
+
+        for first in range(rows.start, rows.stop, ROWS):
+            self._go_on()
+            last = min(first + ROWS, rows.stop)
+            space = self._space((last - first) * wide)
+            _read(source, space, tensor.source.start + first * wide)
+            raw = np.frombuffer(space, RAW[tensor.source.dtype]).reshape(last - first, columns)
+            inside = slice(first - rows.start, last - rows.start)
+            result = add_block(
+                raw, delta, inside, self.scratch,
+                stored=tensor.source.dtype, wanted=tensor.dtype, check=check,
+            )  # fmt: skip
+            _write(output, result.data.cast("B"), tensor.start + first * written)
+
+    def _convert(self, output: int, tensor: OutputTensor, entries: slice) -> None:
+        source = self.sources[tensor.source_file.path]
+        old, new = DTYPE_BYTES[tensor.source.dtype], DTYPE_BYTES[tensor.dtype]
+        into = np.float64 if tensor.source.dtype == "F64" else np.float32
+        for first in range(entries.start, entries.stop, _CONVERT_ENTRIES):
+            self._go_on()
+            last = min(first + _CONVERT_ENTRIES, entries.stop)
+            space = self._space((last - first) * old)
+            _read(source, space, tensor.source.start + first * old)
+            numbers = decode(
+                np.frombuffer(space, RAW[tensor.source.dtype]), tensor.source.dtype, into
+            )
+            result = encode(numbers, tensor.dtype)
+            back = decode(result, tensor.dtype, into)
+            if (~np.isfinite(back) & np.isfinite(numbers)).any():
+                raise _overflow(tensor)
+            _write(output, result.data.cast("B"), tensor.start + first * new)
+
+
+def _overflow(tensor: OutputTensor) -> InputError:
+    return InputError(
+        f"{tensor.name!r}: a number does not fit into {tensor.dtype}",
+        where="--dtype",
+        remedy="choose bfloat16 or float32",
+    )
+
+
+def _read(descriptor: int, space: memoryview, start: int) -> None:
+    position = 0
+    while position < len(space):
+        count = os.preadv(descriptor, [space[position:]], start + position)
+        if count == 0:
+            raise HarnessError("the base became shorter while it was read")
+        position += count
+
+
+def _write(descriptor: int, data: memoryview, start: int) -> None:
+    position = 0
+    while position < len(data):
+        position += os.pwrite(descriptor, data[position:], start + position)
