@@ -196,8 +196,8 @@ def _against_base(figures: AdapterFigures) -> list[Finding]:
         found.append(
             Finding(
                 level=Level.NOTE,
-                text=f"{figures.name} changes the base by {figures.total.relative_norm:.3%} "
-                f"(‖ΔW‖/‖W‖), most in {top.module}: {top.relative_norm:.3%}.",
+                text=f"{figures.name} changes the base by {figures.total.relative_norm:.3g} of its norm "
+                f"(‖ΔW‖/‖W‖), most in {top.module}: {top.relative_norm:.3g}.",
             )
         )
     intruded = [m for m in figures.modules if m.intruders]

@@ -1,22 +1,32 @@
 """What each merge strategy would make of two or more deltas, without merging anything.
 
-Works on the `R × R` cores of `harness.analysis.overlap`: a linear strategy is a combination of
-cores, and truncation to a rank is their singular value decomposition, so that the figures are
-exact. Knows nothing of files; the merge itself is `harness.merge`.
+Sums and factor strategies work on the `R × R` cores of `harness.analysis.overlap`, where they are
+exact: those strategies do not care about the basis. Entry strategies (TIES, DARE, DELLA, pruning)
+do; they run on sampled blocks, as if the sample were the whole matrix, and say so. The strategies
+themselves are `harness.merge`'s. Knows nothing of files.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from harness.analysis.entries import delta_blocks
 from harness.analysis.overlap import JointModule
+from harness.errors import InputError
+from harness.merge.strategies import STRATEGIES, Kind, StrategyOptions, coefficients
 
 __all__ = ["MergeSums", "StrategyFigures", "merge_sums", "strategy_figures"]
+
+_BASIS_FREE = ("tsv", "iso_c")
+_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +43,7 @@ class MergeSums:
     merged: float
     along: tuple[float, ...]
     alone: tuple[float, ...]
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +56,7 @@ class StrategyFigures:
         norm_ratio: `‖M‖/‖S‖`.
         retained: by adapter, `(⟨M, ΔWᵢ⟩/‖ΔWᵢ‖²)²`: the energy of `M` along `ΔWᵢ`, relative to
             `ΔWᵢ`'s own; 1 is whole, and more where the others point the same way.
+        sampled: the figures are estimates from blocks of entries, not exact.
     """
 
     strategy: str
@@ -52,6 +64,7 @@ class StrategyFigures:
     distance: float | None
     norm_ratio: float | None
     retained: Mapping[str, float | None]
+    sampled: bool
 
 
 def merge_sums(
@@ -65,17 +78,67 @@ def merge_sums(
     """
     cores = [core.core for core in joint.cores]
     plain = torch.stack(cores).sum(dim=0)
-    merged = {"sequential": plain, "average": plain / total}
-    if weights is not None:
-        chosen = [weights[i] for i in present]
-        merged["weighted"] = torch.stack(
-            [weight * core for weight, core in zip(chosen, cores, strict=True)]
-        ).sum(dim=0)
-    rank = max(pair.rank for pair in joint.pairs)
-    merged["svd"] = _truncated(plain, rank)
+    chosen = [1.0 if weights is None else weights[i] for i in present]
+    merged = {}
+    for name in ("sequential", "average", "weighted"):
+        factors = _coefficients(name, weights, total)
+        if factors is not None:
+            parts = [factors[i] * core for i, core in zip(present, cores, strict=True)]
+            merged[name] = torch.stack(parts).sum(dim=0)
+    merged["svd"] = _truncated(plain, max(pair.rank for pair in joint.pairs))
     if len({pair.rank for pair in joint.pairs}) == 1 and all(p.scale >= 0 for p in joint.pairs):
         merged["linear"] = _factorwise(joint)
-    return {name: _sums(found, plain, cores, present, total) for name, found in merged.items()}
+    if all(core.norm > 0 for core in joint.cores):
+        merged |= {name: _by_factors(name, joint, chosen) for name in _BASIS_FREE}
+    found = {name: _sums(core, plain, cores, present, total) for name, core in merged.items()}
+    return found | _by_entries(joint, present, total, chosen)
+
+
+def _coefficients(
+    name: str, weights: Sequence[float] | None, total: int
+) -> tuple[float, ...] | None:
+    """The factor of each adapter, or None where the strategy cannot be had with these weights."""
+    try:
+        return coefficients(name, None if name == "sequential" else weights, total)
+    except InputError:
+        return None
+
+
+def _by_factors(name: str, joint: JointModule, weights: Sequence[float]) -> Tensor:
+    """A strategy of `harness.merge` that is the same in any orthonormal basis, on the cores."""
+    rule = STRATEGIES[name].factors
+    assert rule is not None
+    size = joint.cores[0].core.shape
+    # `tsv` gives each adapter an equal share of the matrix's rank: zeros keep that share's size.
+    room = max(*size, min(min(joint.shape), len(joint.pairs) * max(size)))
+    pairs = []
+    for left, right, scale in joint.factor_cores:
+        padded_left = np.zeros((room, left.shape[1]))
+        padded_left[: left.shape[0]] = scale * left.numpy()
+        padded_right = np.zeros((right.shape[0], room))
+        padded_right[:, : right.shape[1]] = right.numpy()
+        pairs.append((padded_left, padded_right))
+    thin_left, thin_right = rule(pairs, weights, StrategyOptions())
+    return torch.from_numpy(thin_left @ thin_right)[: size[0], : size[1]]
+
+
+def _by_entries(
+    joint: JointModule, present: Sequence[int], total: int, weights: Sequence[float]
+) -> dict[str, MergeSums]:
+    blocks = list(islice(delta_blocks(joint.pairs), _BLOCKS))
+    samples = [torch.cat(parts).to(torch.float64) for parts in zip(*blocks, strict=True)]
+    share = math.prod(joint.shape) / samples[0].numel()
+    arrays = [sample.numpy() for sample in samples]
+    plain = torch.stack(samples).sum(dim=0)
+    found: dict[str, MergeSums] = {}
+    for name, strategy in STRATEGIES.items():
+        if strategy.kind is not Kind.ENTRIES or strategy.entries is None:
+            continue
+        seed = zlib.crc32(joint.pairs[0].module.encode())
+        generators = [np.random.default_rng([seed, i]) for i in present]
+        merged = strategy.entries(arrays, weights, StrategyOptions(), generators)
+        found[name] = _sums(torch.from_numpy(merged), plain, samples, present, total, share=share)
+    return found
 
 
 def _truncated(core: Tensor, rank: int) -> Tensor:
@@ -92,29 +155,38 @@ def _factorwise(joint: JointModule) -> Tensor:
 
 
 def _sums(
-    merged: Tensor, plain: Tensor, cores: Sequence[Tensor], present: Sequence[int], total: int
+    merged: Tensor,
+    plain: Tensor,
+    parts: Sequence[Tensor],
+    present: Sequence[int],
+    total: int,
+    *,
+    share: float | None = None,
 ) -> MergeSums:
+    """The sums over *parts* as they are, or times *share* for a sample."""
+    factor = share or 1.0
     along, alone = [0.0] * total, [0.0] * total
-    for position, core in zip(present, cores, strict=True):
-        along[position], alone[position] = float((merged * core).sum()), float((core * core).sum())
-    difference = merged - plain
+    for position, part in zip(present, parts, strict=True):
+        along[position] = factor * float((merged * part).sum())
+        alone[position] = factor * float(part.square().sum())
     return MergeSums(
-        distance=float((difference * difference).sum()),
-        plain=float((plain * plain).sum()),
-        merged=float((merged * merged).sum()),
+        distance=factor * float((merged - plain).square().sum()),
+        plain=factor * float(plain.square().sum()),
+        merged=factor * float(merged.square().sum()),
         along=tuple(along),
         alone=tuple(alone),
+        sampled=share is not None,
     )
 
 
 def _describe(strategy: str, weights: Sequence[float] | None) -> str:
-    return {
-        "sequential": "the plain sum ΣΔW, what the live stack applies",
-        "average": "ΣΔW divided by the number of adapters",
-        "weighted": "ΣwΔW with w = " + ", ".join(f"{w:g}" for w in weights or ()),
-        "svd": "the plain sum cut to the largest single rank (PEFT's svd)",
-        "linear": "A and B summed apart (PEFT's linear): the product has cross terms",
-    }[strategy]
+    given = "" if weights is None else ", w = " + ", ".join(f"{w:g}" for w in weights)
+    if strategy == "svd":
+        return "the plain sum cut to the largest single rank"
+    if strategy == "linear":
+        return "A and B summed apart (PEFT's linear): the product has cross terms"
+    found = STRATEGIES[strategy]
+    return found.summary + (given if found.weighted else "")
 
 
 def strategy_figures(
@@ -141,6 +213,7 @@ def strategy_figures(
                 distance=math.sqrt(sum(p.distance for p in parts) / plain) if plain else None,
                 norm_ratio=math.sqrt(sum(p.merged for p in parts) / plain) if plain else None,
                 retained=retained,
+                sampled=any(part.sampled for part in parts),
             )
         )
     return tuple(sorted(result, key=lambda figures: figures.distance or 0.0))

@@ -37,6 +37,7 @@ __all__ = [
     "Section",
     "as_json",
     "findings_of",
+    "summary_table",
     "write_report",
 ]
 
@@ -239,6 +240,31 @@ def _tables(figures: Figures) -> list[dict[str, Any]]:
     return [totals, _strategy_table(figures), *pairs, *alone]
 
 
+def summary_table(figures: Figures) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The head and rows, as text, of the one table to see in a terminal."""
+    rows: list[tuple[str, ...]] = []
+    if isinstance(figures, ComparisonFigures):
+        columns = {
+            "norm_ratio": "norm ratio", "cosine": "cosine", "cosine_by_chance": "chance ±",
+            "column_overlap": "outputs", "row_overlap": "inputs", "interference": "interf.",
+        }  # fmt: skip
+        for pair in figures.pairs:
+            for group in (pair.total, *pair.kinds) if pair.total else ():
+                name = f"{pair.first} / {pair.second}" if group is pair.total else group.name
+                rows.append((name, *(_shown(getattr(group, field), 3) for field in columns)))
+        return ("modules", *columns.values()), rows
+    columns = {
+        "norm_delta": "‖ΔW‖", "rms": "rms ΔW", "max_spectral_norm": "max σ₁",
+        "mean_effective_rank": "eff. rank", "rank_wasted_share": "wasted",
+        "parameters": "parameters",
+    }  # fmt: skip
+    if figures.total.relative_norm is not None:
+        columns["relative_norm"] = "‖ΔW‖/‖W‖"
+    for group in (figures.total, *figures.kinds):
+        rows.append((group.name, *(_shown(getattr(group, field), 3) for field in columns)))
+    return ("modules", *columns.values()), rows
+
+
 def _adapter_tables(figures: AdapterFigures) -> list[dict[str, Any]]:
     name = figures.name
     groups = [
@@ -277,7 +303,13 @@ def _strategy_table(figures: ComparisonFigures) -> dict[str, Any]:
     head = ["strategy", "what it does", "distance from the sum", "‖merged‖/‖sum‖"]
     head += [f"{name} retained" for name in figures.names]
     rows = [
-        (s.strategy, s.what, s.distance, s.norm_ratio, *s.retained.values())
+        (
+            f"{s.strategy} (sampled)" if s.sampled else s.strategy,
+            s.what,
+            s.distance,
+            s.norm_ratio,
+            *s.retained.values(),
+        )
         for s in figures.strategies
     ]
     return {
@@ -289,8 +321,8 @@ def _strategy_table(figures: ComparisonFigures) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
-    """A cell: four significant digits, thousands grouped, nothing for None."""
+def _shown(value: Any, digits: int = 4) -> str:
+    """A cell: *digits* significant digits, thousands grouped, nothing for None."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -299,7 +331,7 @@ def _shown(value: Any) -> str:
         return f"{value:,}"
     if not math.isfinite(value):
         return "–"
-    return "0" if value == 0 else f"{value:.4g}"
+    return "0" if value == 0 else f"{value:.{digits}g}"
 
 
 def _inert(text: str) -> str:
