@@ -201,7 +201,10 @@ def _refuse_other_formats(head: bytes, size: int, path: Path, remedy: str | None
             where=path,
             remedy="download it again; a login or error page was saved instead",
         )
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")):
+    # A header of 640 bytes also starts with 80 02: only what follows tells it from a pickle.
+    if head[8:9] != b"{" and head.startswith(
+        (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+    ):
         raise InputError(
             "is a pickle (torch.save) under another name; pickles can run code and are not read",
             where=path,

@@ -196,7 +196,7 @@ def _against_base(figures: AdapterFigures) -> list[Finding]:
         found.append(
             Finding(
                 level=Level.NOTE,
-                text=f"{figures.name} changes the base by {figures.total.relative_norm:.3g} of its norm "
+                text=f"{figures.name} is {figures.total.relative_norm:.3g} of the base's size "
                 f"(‖ΔW‖/‖W‖), most in {top.module}: {top.relative_norm:.3g}.",
             )
         )

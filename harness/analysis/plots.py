@@ -91,7 +91,7 @@ def draw_comparison(figures: ComparisonFigures) -> tuple[Plot, ...]:
               lambda f: _compared_spectra(f, figures), (11, 4)),
         _plot("overlap-matrix", f"{joined}: cosine and overlap", "Over all shared modules of each "
               "pair: the cosine of the deltas, and the mean overlap of output and input spaces.",
-              lambda f: _overlap_matrix(f, figures), (4.2 * 3, 1.2 + 1.0 * len(figures.names))),
+              lambda f: _overlap_matrix(f, figures), (11, 1.4 + 0.9 * len(figures.names))),
         _plot("merge-strategies", f"{joined}: merge strategies", "Distance of the merged ΔW from "
               "the plain sum that the live stack applies, and how much of each adapter's energy "
               "is retained.", lambda f: _strategies(f, figures), (11, 4)),
@@ -242,8 +242,7 @@ def _draw_map(
     cmap: Any,
 ) -> None:  # fmt: skip
     axes = figure.subplots()
-    colours = mpl.colormaps[cmap].copy() if isinstance(cmap, str) else cmap.copy()
-    colours.set_bad(_MISSING)
+    colours = (mpl.colormaps[cmap] if isinstance(cmap, str) else cmap).with_extremes(bad=_MISSING)
     image = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=colours, norm=norm)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -302,7 +301,8 @@ def _spectra(figure: Figure, figures: AdapterFigures) -> None:
     axes.set(yscale="log", xlabel="direction", ylabel="σ / σ₁")
     axes.set_ylim(bottom=max(lowest * 0.5, 1e-6), top=1.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside right center", fontsize=9)
+    if axes.lines:
+        figure.legend(loc="outside right center", fontsize=9)
 
 
 def _adapters(figure: Figure, figures: ComparisonFigures) -> None:
@@ -359,7 +359,8 @@ def _compared_spectra(figure: Figure, figures: ComparisonFigures) -> None:
     right.set(xlabel="directions kept", ylabel="energy", title="energy in the first k")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.set_ylim(0, 1.03)
-    right.legend(loc="lower right")
+    if right.lines:
+        right.legend(loc="lower right")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -380,14 +381,14 @@ def _overlap_matrix(figure: Figure, figures: ComparisonFigures) -> None:
         np.fill_diagonal(grid, 1.0)
         signed = field == "cosine"
         norm = Normalize(-1 if signed else 0, 1)
-        colours = _SIGNED.copy() if signed else mpl.colormaps["cividis"].copy()
-        colours.set_bad(_MISSING)
+        colours = (_SIGNED if signed else mpl.colormaps["cividis"]).with_extremes(bad=_MISSING)
         axes.imshow(np.ma.masked_invalid(grid), cmap=colours, norm=norm, aspect="auto")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_title(title)
         axes.set_xticks(range(len(names)), labels, rotation=20, ha="right")
         axes.set_yticks(range(len(names)), labels if field == "cosine" else [""] * len(names))
+        axes.tick_params(length=0)
         for (row, column), value in np.ndenumerate(grid):
             if np.isfinite(value):
                 r, g, b, _ = colours(norm(value))

@@ -260,8 +260,10 @@ def summary_table(figures: Figures) -> tuple[tuple[str, ...], list[tuple[str, ..
     }  # fmt: skip
     if figures.total.relative_norm is not None:
         columns["relative_norm"] = "‖ΔW‖/‖W‖"
-    for group in (figures.total, *figures.kinds):
-        rows.append((group.name, *(_shown(getattr(group, field), 3) for field in columns)))
+    rows += [
+        (whole.name, *(_shown(getattr(whole, field), 3) for field in columns))
+        for whole in (figures.total, *figures.kinds)
+    ]
     return ("modules", *columns.values()), rows
 
 

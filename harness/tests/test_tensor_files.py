@@ -106,3 +106,11 @@ def test_truncated_file_is_refused(tmp_path_factory, cut):
     whole.write_bytes(data[:cut])
     with pytest.raises(InputError):
         read_tensor_file(whole, what="weights")
+
+
+@pytest.mark.parametrize("length", [0x280, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + header.ljust(length) + bytes(4))
+    assert list(read_tensor_file(path, what="weights").entries) == ["a"]

@@ -1,0 +1,229 @@
+"""What is written: JSON, Markdown and HTML, whole, safe, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import InputError
+from harness.tests.analysis.dense import layered_adapter, write_adapter
+
+PLOTS = [
+    "adapters", "compared-spectra", "cosine-map", "distributions", "interference",
+    "merge-strategies", "overlap-matrix",
+]  # fmt: skip
+
+
+def _strict(text: str) -> Any:
+    def refuse(literal: str) -> None:
+        raise AssertionError(literal)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, _keys(item)) for key, item in value.items()]
+    return _keys(value[0]) if isinstance(value, list) and value else None
+
+
+def test_one_adapter_gives_all_files_and_five_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from harness.analysis import analyze_lora_weights
+
+    analyze_lora_weights(layered_adapter(tmp_path / "a", seed=1), output_dir=tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "analysis.json", "report.md", "report.html", "plots",
+    }  # fmt: skip
+    names = ["heat-map", "layers", "spectra", "weight-histogram", "weight-histogram-log"]
+    assert sorted(p.name for p in (tmp_path / "out/plots").iterdir()) == sorted(
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    )
+    value = _strict((tmp_path / "out/analysis.json").read_text())
+    assert (value["schema"], value["kind"]) == ("lora-stack-analysis/1", "analysis")
+    assert len(value["adapters"][0]["modules"]) == 6
+
+
+def test_a_comparison_draws_its_plots_titled_with_the_names(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from harness.analysis.running import compare, draw
+
+    paths = [layered_adapter(tmp_path / n, seed=i) for i, n in enumerate(("style", "instruct"))]
+    plots = draw(compare(paths))
+    assert plots is not None
+    assert sorted(plot.name for plot in plots) == PLOTS
+    for plot in plots:
+        assert plot.title.startswith("style and instruct")
+        assert plot.png.startswith(b"\x89PNG")
+        assert plot.svg.startswith("<?xml")
+
+
+def test_plots_of_the_same_figures_are_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from harness.analysis.running import analyze, draw
+
+    figures = analyze(layered_adapter(tmp_path / "a", seed=1))
+    assert draw(figures) == draw(figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["zero", "outside the layers"])
+def test_odd_adapters_can_be_drawn(tmp_path: Path, shape: str) -> None:
+    pytest.importorskip("matplotlib")
+    import torch
+
+    from harness.analysis.running import analyze, compare, draw
+
+    name = "lm_head" if shape == "outside the layers" else "model.layers.3.mlp.q_proj"
+    b = torch.zeros(8, 2) if shape == "zero" else torch.randn(8, 2)
+    folder = write_adapter(
+        tmp_path / "$a", {f"{name}.lora_A": torch.randn(2, 8), f"{name}.lora_B": b}
+    )
+    assert draw(analyze(folder))
+    assert draw(compare([folder, folder], names=["$x", "$y"]))
+
+
+def test_keys_keep_their_order_and_nothing_is_nan(tmp_path: Path) -> None:
+    import torch
+
+    from harness.analysis.running import compare
+    from harness.analysis.writing import as_json
+
+    name = "model.layers.0.mlp.q_proj"
+    a, b = torch.ones(4, 16), torch.zeros(24, 4)
+    zero = write_adapter(tmp_path / "zero", {f"{name}.lora_A": a, f"{name}.lora_B": b})
+    other = layered_adapter(tmp_path / "other", seed=1)
+    one, two = (as_json(compare(pair)) for pair in ([zero, other], [other, other]))
+    _strict(json.dumps(one, allow_nan=False))
+    assert list(one) == list(two)
+    assert _keys(one["adapters"]) != []
+    assert [list(pair) for pair in one["pairs"]] == [list(pair) for pair in two["pairs"]]
+
+
+class _Outside(HTMLParser):
+    """Collects scripts, and references that are not within the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.outside += [
+            value
+            for name, value in attrs
+            if name in ("src", "href") and value and not value.startswith(("data:", "#"))
+        ]
+
+
+def test_the_html_is_self_contained_and_foreign_names_stay_text(tmp_path: Path) -> None:
+    import torch
+
+    from harness.analysis import analyze_lora_weights
+
+    name = "model.layers.0.<img src=x onerror=alert(1)>|q_proj"
+    folder = write_adapter(
+        tmp_path / "a", {f"{name}.lora_A": torch.randn(2, 8), f"{name}.lora_B": torch.randn(8, 2)}
+    )
+    name = "<script>x</script>\u202e\x1b[31m"
+    analyze_lora_weights(folder, name=name, output_dir=tmp_path / "out", plots=False)
+    html = (tmp_path / "out/report.html").read_text()
+    page = _Outside()
+    page.feed(html)
+    assert page.outside == []
+    assert page.tags.count("script") == 1
+    assert "onerror=alert" not in re.sub(r"&lt;.*?&gt;", "", html)
+    markdown = (tmp_path / "out/report.md").read_text()
+    for text in (html, markdown):
+        assert "<script>x" not in text
+        assert "\u202e" not in text
+        assert "\x1b" not in text
+    columns, seen = 0, 0
+    for line in markdown.splitlines():
+        pipes = len(re.findall(r"(?<!\\)\|", line))
+        if line.startswith("| --- |"):
+            columns = pipes
+        elif "onerror" in line and line.startswith("|"):
+            seen += 1
+            assert pipes == columns
+            assert "<img" not in line
+    assert seen
+
+
+def test_a_report_never_goes_over_another(tmp_path: Path) -> None:
+    from harness.analysis import LoRAAnalyzer, analyze_lora_weights
+
+    folder = layered_adapter(tmp_path / "a", seed=1)
+    analyzer = LoRAAnalyzer(tmp_path / "runs")
+    analyzer.analyze_lora_weights(folder)
+    first, second = (analyzer.generate_report(plots=False) for _ in range(2))
+    assert first != second
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {first.name, second.name}
+    before = (first / "analysis.json").read_bytes()
+    with pytest.raises(InputError, match="not empty"):
+        analyze_lora_weights(folder, output_dir=first, plots=False)
+    assert (first / "analysis.json").read_bytes() == before
+
+
+def test_without_matplotlib_there_are_figures_and_no_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.analysis import analyze_lora_weights
+    from harness.analysis.running import draw
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "harness.analysis.plots", raising=False)
+    monkeypatch.delattr("harness.analysis.plots", raising=False)
+    folder = layered_adapter(tmp_path / "a", seed=1)
+    figures = analyze_lora_weights(folder, output_dir=tmp_path / "out")
+    assert draw(figures) is None
+    assert not (tmp_path / "out/plots").exists()
+    assert "data:image" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_unified_report_holds_analysis_merge_outputs_and_latency(tmp_path: Path) -> None:
+    from harness.analysis import UnifiedAnalyzer
+    from harness.completion import Application, Completion, GenerationSettings, Prompt, StopReason
+    from harness.testing.tiny import tiny_stack
+
+    stack = tiny_stack(tmp_path / "stack")
+    analyzer = UnifiedAnalyzer(tmp_path / "runs")
+    with pytest.raises(InputError, match="no adapter has been analysed"):
+        analyzer.generate_report()
+    analyzer.analyze_lora_weights(stack.adapters["style"])
+    figures = analyzer.compare_lora_adapters(stack.adapters)
+    assert figures.names == ("style", "instruct")
+    merged = analyzer.merge_lora_adapters(stack.base, stack.adapters)
+    assert (Path(merged.output) / "config.json").is_file()
+    said = Completion(
+        prompt=Prompt(id="spring", text="Spring"), mode="stacked", text="blossom", token_ids=(5, 6),
+        stop_reason=StopReason.EOS, application=Application.LIVE, prompt_token_ids=(1,),
+        settings=GenerationSettings(),
+    )  # fmt: skip
+    analyzer.add_mode_outputs({"stacked": [said]})
+    analyzer.add_latency({"stacked": {"ttft_ms": 31.25}})
+    value = _strict((analyzer.generate_report(plots=False) / "analysis.json").read_text())
+    assert value["kind"] == "comparison"
+    assert [section["title"] for section in value["sections"]] == [
+        "Merge", "What each mode says", "Latency",
+    ]  # fmt: skip
+    assert value["sections"][1]["rows"] == [["stacked", "spring", "blossom", "eos", 2]]
+    assert value["sections"][2]["rows"] == [["stacked", 31.25]]
+
+
+def test_the_functions_and_classes_come_from_one_place() -> None:
+    from harness import analysis
+
+    assert {
+        "LoRAAnalyzer", "UnifiedAnalyzer", "analyze_lora_weights", "merge_lora_adapters",
+        "compare_lora_adapters",
+    } <= set(analysis.__all__)  # fmt: skip
+    for name in analysis.__all__:
+        assert callable(getattr(analysis, name))
