@@ -146,7 +146,13 @@ def main() -> None:
             build(Path(scratch) / name, layers=arguments.layers, rank=arguments.rank, seed=seed)
             for seed, name in enumerate(("one", "two"))
         ]
-        again = [sys.executable, "-m", "harness.bench.analysis_speed", "--measure", folders[0]]
+        again: list[str] = [
+            sys.executable,
+            "-m",
+            "harness.bench.analysis_speed",
+            "--measure",
+            str(folders[0]),
+        ]
         for _ in range(arguments.runs):
             done = subprocess.run(again, check=True, capture_output=True, text=True)
             run = json.loads(done.stdout)
@@ -167,8 +173,8 @@ def _print_modules(folders: list[Path], kinds: list[str], *, dense_svd: bool) ->
         module = next(name for name in files[0].pairs if name.endswith(kind))
         for row in compare(files[0].pair(module), files[1].pair(module), dense_svd=dense_svd):
             print(
-                f"{kind:<14}{row['what']:<18}{row['factors_ms']:>7.2f} ms{row['dense_ms']:>11.1f} ms"
-                f"{row['times']:>9,.0f}{row['largest_error']:>10.0e}",
+                f"{kind:<14}{row['what']:<18}{row['factors_ms']:>7.2f} ms"
+                f"{row['dense_ms']:>11.1f} ms{row['times']:>9,.0f}{row['largest_error']:>10.0e}",
                 flush=True,
             )
 
