@@ -35,6 +35,7 @@ __all__ = [
 
 #: Eigenvalues of a Gram matrix spread wider than this send the factor through QR.
 _GRAM_SPREAD = 1e-8
+_BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +88,36 @@ def inner_product(first: Factors, second: Factors) -> float:
     return first.scale * second.scale * crossed
 
 
-def cosine(first: Factors, second: Factors) -> float:
-    """`⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖‖ΔW₂‖)`, 0 where one is zero."""
-    sizes = delta_norm(first) * delta_norm(second)
-    return max(-1.0, min(1.0, inner_product(first, second) / sizes)) if sizes else 0.0
+def cosine(first: LoraPair, second: LoraPair) -> float:
+    """`⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖‖ΔW₂‖)`, 0 where one is zero; the shapes must agree.
+
+    All three Gram matrices of a side come from one walk over blocks that stay in the cache.
+    """
+    rank = first.rank
+    tall_b = _three_grams(first.b, second.b)
+    tall_a = _three_grams(first.a.T, second.a.T)
+    products = [b * a for b, a in zip(tall_b, tall_a, strict=True)]
+    mixed = products[0]
+    sizes = math.sqrt(max(0.0, float(mixed[:rank].sum())) * max(0.0, float(products[1].sum())))
+    sign = math.copysign(1.0, first.scale * second.scale)
+    if not sizes or not first.scale or not second.scale:
+        return 0.0
+    return max(-1.0, min(1.0, sign * float(mixed[rank:].sum()) / sizes))
+
+
+def _three_grams(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """`[X|Y]ᵀX` and `YᵀY` in float64 of tall *first* `X: (n, r₁)` and *second* `Y: (n, r₂)`."""
+    ranks, columns = first.shape[1], first.shape[1] + second.shape[1]
+    block = torch.empty(_BLOCK_ROWS, columns, dtype=torch.float64)
+    mixed = torch.zeros(columns, ranks, dtype=torch.float64)
+    own = torch.zeros(second.shape[1], second.shape[1], dtype=torch.float64)
+    for start in range(0, first.shape[0], _BLOCK_ROWS):
+        rows = block[: min(_BLOCK_ROWS, first.shape[0] - start)]
+        rows[:, :ranks].copy_(first.detach()[start : start + _BLOCK_ROWS])
+        rows[:, ranks:].copy_(second.detach()[start : start + _BLOCK_ROWS])
+        mixed.addmm_(rows.T, rows[:, :ranks])
+        own.addmm_(rows[:, ranks:].T, rows[:, ranks:])
+    return mixed, own
 
 
 def singular_values(factors: Factors) -> Tensor:

@@ -91,7 +91,7 @@ def compare(one: LoraPair, two: LoraPair, *, dense_svd: bool) -> list[dict[str, 
     factors = spectrum.factors_of
     ways: list[tuple[str, Callable[[], Any], Callable[[], Any], int]] = [
         ("norm", lambda: spectrum.delta_norm(factors(one)), lambda: float(one.delta().norm()), 3),
-        ("cosine", lambda: spectrum.cosine(factors(one), factors(two)), dense_cosine, 3),
+        ("cosine", lambda: spectrum.cosine(one, two), dense_cosine, 3),
     ]
     if dense_svd:
         ways.append(
