@@ -172,7 +172,7 @@ def _table(runs: dict[str, list[Run]]) -> str:
     lines += ["|---|---:|---:|---:|---:|---:|"]
 
     def middle(name: str, field: str) -> float:
-        return statistics.median(getattr(run, field) for run in runs[name])
+        return float(statistics.median(getattr(run, field) for run in runs[name]))
 
     for name in runs:
         ratio = (
