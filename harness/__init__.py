@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from harness.engines import load_engine
     from harness.errors import HarnessError, InputError
+    from harness.merge import MergeReport, StrategyOptions, flatten_adapters, merge_lora_adapters
     from harness.preset import Preset, load_preset, load_prompts
     from harness.resolve import resolve_stack
     from harness.stack import Adapter, AdapterStack, Base, Mode
@@ -38,16 +39,20 @@ _HOMES = {
     "GenerationSettings": "harness.completion",
     "HarnessError": "harness.errors",
     "InputError": "harness.errors",
+    "MergeReport": "harness.merge",
     "Message": "harness.completion",
     "Mode": "harness.stack",
     "Outcome": "harness.verdict",
     "Preset": "harness.preset",
     "Prompt": "harness.completion",
     "StopReason": "harness.completion",
+    "StrategyOptions": "harness.merge",
     "Verdict": "harness.verdict",
+    "flatten_adapters": "harness.merge",
     "load_engine": "harness.engines",
     "load_preset": "harness.preset",
     "load_prompts": "harness.preset",
+    "merge_lora_adapters": "harness.merge",
     "resolve_stack": "harness.resolve",
 }
 
@@ -61,16 +66,20 @@ __all__ = [
     "GenerationSettings",
     "HarnessError",
     "InputError",
+    "MergeReport",
     "Message",
     "Mode",
     "Outcome",
     "Preset",
     "Prompt",
     "StopReason",
+    "StrategyOptions",
     "Verdict",
+    "flatten_adapters",
     "load_engine",
     "load_preset",
     "load_prompts",
+    "merge_lora_adapters",
     "resolve_stack",
 ]
 

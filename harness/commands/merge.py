@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Merge; returns the exit code."""
     from harness.merge import RoundingLossError, StrategyOptions, merge_lora_adapters
+    from harness.merge.memory import keep_freed_pages
     from harness.terminal import errors, shown
 
     options = StrategyOptions(
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         epsilon=arguments.epsilon,
         seed=arguments.seed,
     )
+    keep_freed_pages()
     progress = _Progress()
     try:
         report = merge_lora_adapters(

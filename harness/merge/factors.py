@@ -44,11 +44,12 @@ class Source:
     data: mmap.mmap
 
     def array(self, entry: TensorEntry, dtype: type[np.floating[Any]]) -> Array:
-        """The tensor of *entry* as numbers of *dtype*; a copy."""
+        """The tensor of *entry* as numbers of *dtype*; a read-only view where that is possible."""
         raw = np.frombuffer(self.data, np.uint8, entry.end - entry.start, entry.start)
         kind = np.dtype(RAW[entry.dtype])
         aligned = raw if entry.start % kind.itemsize == 0 else raw.copy()
-        return decode(aligned.view(kind).reshape(entry.shape), entry.dtype, dtype)
+        numbers = aligned.view(kind).reshape(entry.shape)
+        return numbers if kind == dtype else decode(numbers, entry.dtype, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +86,17 @@ class Term:
         return shape[::-1] if self.transposed else shape
 
     def left(self, dtype: type[np.floating[Any]], rows: slice = slice(None)) -> Array:
-        """The left factor's *rows*, without scale or weight."""
+        """The left factor's *rows*, without scale or weight; not to be written to."""
         pair = self.source.files.pairs[self.module]
         entry = pair.a if self.transposed else pair.b
         whole = self.source.array(entry, dtype)
-        return np.ascontiguousarray((whole.T if self.transposed else whole)[rows])
+        return (whole.T if self.transposed else whole)[rows]
 
     def right(self, dtype: type[np.floating[Any]]) -> Array:
-        """The right factor, without scale or weight."""
+        """The right factor, without scale or weight; not to be written to."""
         pair = self.source.files.pairs[self.module]
         whole = self.source.array(pair.b if self.transposed else pair.a, dtype)
-        return np.ascontiguousarray(whole.T) if self.transposed else whole
+        return whole.T if self.transposed else whole
 
 
 def adapter_names(paths: Sequence[str | Path]) -> dict[str, str]:

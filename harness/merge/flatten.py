@@ -224,8 +224,7 @@ def _own_factors(term: Term) -> tuple[Array, Array]:
     """`w·s·A` and `B` in float64, in the adapter's own layout."""
     files, source = term.source.files, term.source
     pair = files.pairs[term.module]
-    a = source.array(pair.a, np.float64)
-    a *= source.weight * term.scale
+    a = source.array(pair.a, np.float64) * (source.weight * term.scale)
     return a, source.array(pair.b, np.float64)
 
 

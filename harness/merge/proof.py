@@ -32,7 +32,7 @@ Array = NDArray[Any]
 #: `none`, `sampled` or `full`.
 Verify = str
 
-_BLOCK = 16
+_BLOCK = 8
 _FULL_BLOCK = 256
 _PIECE = 1 << 16
 

@@ -48,14 +48,16 @@ def splittable(recipe: Recipe) -> bool:
 def sum_factors(
     recipe: Recipe, terms: Sequence[Term], rows: slice, dtype: type[np.floating[Any]]
 ) -> tuple[Array, Array]:
-    """`Σ wᵢ·sᵢ·LᵢRᵢ` as two concatenated factors; the factor is multiplied in float64."""
-    lefts = []
-    for term in terms:
-        left = term.left(np.float64, rows)
-        left *= recipe.weight(term) * term.scale
-        lefts.append(left.astype(dtype))
+    """`Σ wᵢ·sᵢ·LᵢRᵢ` as two concatenated factors; `wᵢ·sᵢ` is made in float64."""
+    lefts = [term.left(dtype, rows) for term in terms]
+    left = np.empty((lefts[0].shape[0], sum(part.shape[1] for part in lefts)), dtype)
+    start = 0
+    for term, part in zip(terms, lefts, strict=True):
+        end = start + part.shape[1]
+        np.multiply(part, dtype(recipe.weight(term) * term.scale), out=left[:, start:end])
+        start = end
     rights = [term.right(dtype) for term in terms]
-    return np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
+    return left, rights[0] if len(rights) == 1 else np.concatenate(rights, axis=0)
 
 
 def total_factors(

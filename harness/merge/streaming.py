@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def write_shards(
         worker = _Worker(outputs, sources, recipe, stop)
         # One thread a worker: threads inside BLAS would fight them, and could cut the sums anew.
         with threadpool_limits(limits=1, user_api="blas"):
-            _run_all(tasks, worker, workers, stop, progress)
+            _run_all(tasks, worker, workers, stop, progress, outputs)
     finally:
         for descriptor in (*sources.values(), *outputs):
             os.close(descriptor)
@@ -105,24 +106,35 @@ def _run_all(
     workers: int,
     stop: threading.Event,
     progress: Progress | None,
+    outputs: Sequence[int],
 ) -> None:
     total = sum(task.size for task in tasks)
     done = 0
+    left = Counter(task.shard for task in tasks)
+    flushes: list[Future[None]] = []
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="merge")
+    flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
     try:
-        pending: dict[Future[None], int] = {pool.submit(worker, t): t.size for t in tasks}
+        pending: dict[Future[None], _Task] = {pool.submit(worker, t): t for t in tasks}
         while pending:
             finished, _ = wait(pending, timeout=0.25, return_when=FIRST_EXCEPTION)
             if progress is not None and not finished:
                 finished = {future for future in pending if future.done()}
             for future in finished:
                 future.result()
-                done += pending.pop(future)
+                task = pending.pop(future)
+                done += task.size
+                left[task.shard] -= 1
+                if not left[task.shard]:  # the disk works while the next shard is computed
+                    flushes.append(flusher.submit(os.fdatasync, outputs[task.shard]))
             if progress is not None:
                 progress(done, total)
+        for flush in flushes:
+            flush.result()
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        flusher.shutdown(wait=True, cancel_futures=True)
 
 
 def _new_file(path: Path, shard: ShardPlan) -> int:

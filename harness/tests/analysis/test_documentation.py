@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "docs" / "examples" / "analyze_stack.py"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not EXAMPLE.is_file(), reason="not a checkout")
 def test_the_worked_example_runs_on_the_embedded_stages(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -1,0 +1,176 @@
+"""Killed, interrupted, out of room: the output is absent, the old one or the whole new one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import InputError, merge_lora_adapters
+from harness.errors import HarnessError
+from harness.tests.merge.test_merging import digests
+
+# One process imports, then forks a child for each kill: a merge is milliseconds, an import is not.
+_DRIVER = """
+import hashlib, json, os, random, shutil, signal, sys, time
+from pathlib import Path
+from harness.merge.merging import merge_lora_adapters
+base, style, instruct, root, rounds = sys.argv[1:6]
+root = Path(root)
+
+def merge(out, adapters):
+    merge_lora_adapters(base, adapters, out, force=True, workers=2)
+
+def state(folder):
+    if not folder.exists():
+        return "absent"
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+names = {}
+for name, adapters in (("old", [style]), ("new", [style, instruct])):
+    begun = time.perf_counter()
+    merge(root / name, adapters)
+    seconds = time.perf_counter() - begun
+    names[state(root / name)] = name
+out = root / "out"
+seen = {"absent": 0, "old": 0, "new": 0, "other": 0}
+finished = 0
+chance = random.Random(0)
+for number in range(int(rounds)):
+    shutil.rmtree(out, ignore_errors=True)
+    if number % 2:
+        shutil.copytree(root / "old", out)
+    before = "old" if number % 2 else "absent"
+    child = os.fork()
+    if child == 0:
+        try:
+            merge(out, [style, instruct])
+        finally:
+            os._exit(0)
+    time.sleep(chance.random() * seconds * 1.3)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = state(out)
+    found = "absent" if found == "absent" else names.get(found, "other")
+    if found not in (before, "new"):
+        found = "other"
+    seen[found] += 1
+time.sleep(1.1)
+merge(out, [style])
+left = [p.name for p in root.iterdir() if p.name.startswith(".staging")]
+print(json.dumps({"seen": seen, "left": left}))
+"""
+
+
+def _kill(tiny, tmp_path: Path, rounds: int) -> dict[str, int]:
+    result = subprocess.run(
+        [sys.executable, "-c", _DRIVER, str(tiny.base), *map(str, tiny.adapters.values()),
+         str(tmp_path), str(rounds)],
+        capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout)
+    assert found["left"] == [], "the next merge sweeps what killed ones left"
+    seen: dict[str, int] = found["seen"]
+    return seen
+
+
+def test_killed_at_random_moments_the_output_is_whole_or_as_before(tiny, tmp_path):
+    seen = _kill(tiny, tmp_path, 30)
+    assert seen["other"] == 0
+    assert seen["absent"] + seen["old"] > 0
+
+
+@pytest.mark.slow
+def test_200_kills_leave_the_output_absent_old_or_whole(tiny, tmp_path):
+    seen = _kill(tiny, tmp_path, 200)
+    assert seen["other"] == 0
+    assert sum(seen.values()) == 200
+    assert min(seen["absent"], seen["old"], seen["new"]) > 0
+
+
+@pytest.mark.parametrize("call", ["pwrite", "copy_file_range", "posix_fallocate"])
+def test_a_disk_that_fills_up_leaves_nothing_and_the_old_output(tiny, tmp_path, monkeypatch, call):
+    old = tmp_path / "out"
+    merge_lora_adapters(tiny.base, [tiny.adapters["style"]], old)
+    before = digests(old)
+    real, calls = getattr(os, call), []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) > (0 if call == "posix_fallocate" else 3):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(InputError, match="No space left"):
+        merge_lora_adapters(tiny.base, tiny.adapters, old, force=True)
+    monkeypatch.undo()
+    assert digests(old) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_limit_of_the_system_on_file_sizes_leaves_nothing(tiny, tmp_path):
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+        "from harness.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "merge", "--base", str(tiny.base), "--adapters",
+         *map(str, tiny.adapters.values()), "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "cannot be written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_free_space_is_said_before_anything_is_written(tiny, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match="are needed, 1,000 are free"):
+        merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_stops_the_workers_and_leaves_nothing(tiny, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "out", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_that_changes_while_it_is_merged_is_noticed(tiny, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny.base, base)
+
+    def touch(done: int, total: int) -> None:
+        os.utime(base / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(HarnessError, match="changed while it was being merged"):
+        merge_lora_adapters(base, tiny.adapters, tmp_path / "out", progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_copy_in_the_kernel_the_bytes_are_the_same(tiny, tmp_path, monkeypatch):
+    merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "kernel")
+
+    def other_disk(*arguments):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "copy_file_range", other_disk)
+    merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "plain")
+    assert digests(tmp_path / "kernel") == digests(tmp_path / "plain")
