@@ -10,6 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.analysis import (
+        LoRAAnalyzer,
+        UnifiedAnalyzer,
+        analyze_lora_weights,
+        compare_lora_adapters,
+    )
     from harness.completion import (
         Application,
         Completion,
@@ -39,6 +45,7 @@ _HOMES = {
     "GenerationSettings": "harness.completion",
     "HarnessError": "harness.errors",
     "InputError": "harness.errors",
+    "LoRAAnalyzer": "harness.analysis",
     "MergeReport": "harness.merge",
     "Message": "harness.completion",
     "Mode": "harness.stack",
@@ -47,7 +54,10 @@ _HOMES = {
     "Prompt": "harness.completion",
     "StopReason": "harness.completion",
     "StrategyOptions": "harness.merge",
+    "UnifiedAnalyzer": "harness.analysis",
     "Verdict": "harness.verdict",
+    "analyze_lora_weights": "harness.analysis",
+    "compare_lora_adapters": "harness.analysis",
     "flatten_adapters": "harness.merge",
     "load_engine": "harness.engines",
     "load_preset": "harness.preset",
@@ -66,6 +76,7 @@ __all__ = [
     "GenerationSettings",
     "HarnessError",
     "InputError",
+    "LoRAAnalyzer",
     "MergeReport",
     "Message",
     "Mode",
@@ -74,7 +85,10 @@ __all__ = [
     "Prompt",
     "StopReason",
     "StrategyOptions",
+    "UnifiedAnalyzer",
     "Verdict",
+    "analyze_lora_weights",
+    "compare_lora_adapters",
     "flatten_adapters",
     "load_engine",
     "load_preset",
