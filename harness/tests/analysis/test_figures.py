@@ -245,7 +245,7 @@ def test_expert_parameters_are_analysed_expert_by_expert(tmp_path: Path) -> None
     figures = _figures(tmp_path / "a")
     assert len(figures.modules) == 2 * 4
     layer = wrapped.base_model.model.model.layers[1].mlp.experts
-    dense = layer.get_delta_weight("default").double()
+    dense = layer.get_delta_weight("default").detach().double()
     for expert in range(4):
         (found,) = [
             m for m in figures.modules if m.module == f"model.layers.1.mlp.experts#{expert}"
