@@ -109,6 +109,8 @@ def _three_grams(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """`[X|Y]ᵀX` and `YᵀY` in float64 of tall *first* `X: (n, r₁)` and *second* `Y: (n, r₂)`."""
     ranks, columns = first.shape[1], first.shape[1] + second.shape[1]
     block = torch.empty(_BLOCK_ROWS, columns, dtype=torch.float64)
+    if first.stride(0) == 1:  # a transposed view: the block lies the same way, or copying crawls
+        block = torch.empty(columns, _BLOCK_ROWS, dtype=torch.float64).T
     mixed = torch.zeros(columns, ranks, dtype=torch.float64)
     own = torch.zeros(second.shape[1], second.shape[1], dtype=torch.float64)
     for start in range(0, first.shape[0], _BLOCK_ROWS):
