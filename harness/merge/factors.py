@@ -51,6 +51,11 @@ class Source:
         numbers = aligned.view(kind).reshape(entry.shape)
         return numbers if kind == dtype else decode(numbers, entry.dtype, dtype)
 
+    def release(self, entry: TensorEntry) -> None:
+        """Give the pages of *entry* back; they are read again from the file when needed."""
+        start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+        self.data.madvise(mmap.MADV_DONTNEED, start, entry.end - start)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
@@ -77,6 +82,12 @@ class Term:
         """Whether the stored weight is `(in, out)`."""
         files = self.source.files
         return files.config.fan_in_fan_out or files.pairs[self.module].embedding
+
+    def release(self) -> None:
+        """Give the factors' pages back: memory stays flat however large the adapters are."""
+        pair = self.source.files.pairs[self.module]
+        self.source.release(pair.a)
+        self.source.release(pair.b)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -183,6 +194,7 @@ def _check_finite(source: Source) -> None:
                     where=source.files.tensors.path,
                     remedy="the training diverged, or the file is corrupt: save the adapter again",
                 )
+            source.release(entry)
 
 
 def terms_by_module(sources: Sequence[Source]) -> Mapping[str, tuple[Term, ...]]:

@@ -246,6 +246,8 @@ def _check_merged(
                 turn = decode(encode(turn + share, tensor.dtype), tensor.dtype, np.float64)
             missing = turn - wanted
             one_by_one += float(np.vdot(missing, missing))
+    for term in tensor.terms:
+        term.release()
     scale = tensor.count / checked if checked else 0.0
     return TensorLedger(
         name=tensor.name,

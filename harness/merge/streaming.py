@@ -271,6 +271,8 @@ class _Worker(threading.local):
                 stored=tensor.source.dtype, wanted=tensor.dtype, check=check,
             )  # fmt: skip
             _write(output, result.data.cast("B"), tensor.start + first * written)
+        for term in tensor.terms:
+            term.release()
 
     def _convert(self, output: int, tensor: OutputTensor, entries: slice) -> None:
         source = self.sources[tensor.source_file.path]
