@@ -54,6 +54,8 @@ def prepare_stage_two(
         known = sorted(peft_model.peft_config)
         raise ValueError(f"adapters {unknown} are not loaded; the model has {known}")
     peft_model.train()
+    # Layers that were switched off stay off through set_adapter.
+    peft_model.base_model.enable_adapter_layers()
     # PeftModel.set_adapter takes one name and would switch the others off.
     peft_model.base_model.set_adapter(names)
     for parameter in peft_model.parameters():

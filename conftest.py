@@ -1,0 +1,3 @@
+"""What both `suites/` and `harness/tests/` need from pytest itself."""
+
+pytest_plugins = ["pytester"]

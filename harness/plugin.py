@@ -1,0 +1,487 @@
+"""All of pytest: options with ini twins, fixtures, parametrisation, header, summary.
+
+Loaded by the `pytest11` entry point in every pytest run, so it imports nothing heavy, names every
+fixture `lora_…`, and says nothing where no stack is asked for. Knows how to ask for things; what
+they mean is known below.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.adapter_files import adapter_digest
+from harness.completion import Application, Completion, Prompt
+from harness.errors import InputError
+from harness.options import (
+    PROMPT_OPTIONS,
+    RUN_OPTIONS,
+    STACK_OPTIONS,
+    Option,
+    spellings,
+    stack_options,
+)
+from harness.preset import DEFAULT_PRESET, Preset, load_preset, load_prompts
+from harness.resolve import StackOptions, stack_from_options
+from harness.stack import AdapterStack, Mode
+from harness.terminal import shown
+from harness.verdict import Outcome, Verdict
+
+if TYPE_CHECKING:
+    from harness.engines.peft import PeftEngine
+
+__all__ = ["Completions"]
+
+_MARKERS = (
+    "gpu: needs CUDA; skipped without it, an error with --require-gpu",
+    "slow: takes more than a few seconds",
+    "snapshot: compares completions with accepted ones",
+    "stacking: proves that the stack is applied as claimed",
+    "stopping: holds stop behaviour against what is declared",
+    "latency: measures time",
+)
+_TRAINABLE_BYTES = 1 << 30
+_DEST = "lora_stack_"
+_OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
+
+
+@dataclass(kw_only=True)
+class _Setting:
+    """What this session tests; resolved once, when first asked for."""
+
+    options: StackOptions
+    folder: Path
+    values: Mapping[str, Any]
+    asked_for: bool
+    _stack: AdapterStack | None = None
+    _preset: Preset | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def stack(self) -> AdapterStack:
+        if self._stack is None:
+            self._stack = stack_from_options(self.options, folder=self.folder)
+        return self._stack
+
+    @property
+    def preset(self) -> Preset:
+        if self._preset is None:
+            name, file = self.values.get("preset"), self.values.get("prompts")
+            if name and file:
+                raise InputError(
+                    "are both given", where="--preset and --prompts", remedy="give one of them"
+                )
+            chosen = (
+                load_prompts(self.folder / file)
+                if file
+                else load_preset(name or self.stack.preset or DEFAULT_PRESET)
+            )
+            self._preset = chosen.with_settings(
+                max_new_tokens=self.values.get("max_new_tokens"),
+                batch_size=self.values.get("batch_size"),
+            )
+        return self._preset
+
+
+_SETTING = pytest.StashKey[_Setting]()
+
+
+def _ini_name(option: Option) -> str:
+    """`--base-model` is `lora_base_model`; `--lora-model` stays `lora_model`."""
+    name = option.flag.removeprefix("--").replace("-", "_")
+    return name if name.startswith("lora_") else f"lora_{name}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lora-stack", "stacks of LoRA adapters")
+    for option in _OPTIONS:
+        arguments: dict[str, Any] = {"dest": _DEST + option.dest, "help": option.help}
+        if option.is_flag:
+            arguments |= {"action": "store_true", "default": None}
+        else:
+            arguments |= {"metavar": option.metavar, "type": option.type or str, "default": None}
+            if option.repeated:
+                arguments["action"] = "append"
+        group.addoption(*spellings(option.flag), **arguments)
+        kind = "linelist" if option.repeated else "bool" if option.is_flag else "string"
+        parser.addini(_ini_name(option), f"as {option.flag}: {option.help}", type=kind)  # type: ignore[arg-type]
+    group.addoption(
+        "--require-gpu",
+        action="store_true",
+        dest=_DEST + "require_gpu",
+        help="tests marked gpu fail without CUDA instead of being skipped",
+    )
+    group.addoption(
+        "--snapshot-profile",
+        metavar="NAME",
+        dest=_DEST + "profile",
+        help="keep snapshots apart in snapshots/NAME/",
+    )
+    parser.addini("lora_snapshots", "the folder of accepted completions", default="snapshots")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    setting = _read_setting(config)
+    config.stash[_SETTING] = setting
+    if setting.asked_for and not config.option.help:
+        # A stack that cannot be had is an error before any test is collected.
+        try:
+            _ = setting.stack, setting.preset
+        except InputError as error:
+            raise pytest.UsageError(shown(str(error))) from None
+
+
+def _read_setting(config: pytest.Config) -> _Setting:
+    given = {o.dest: config.getoption(_DEST + o.dest) for o in _OPTIONS}
+    standing = {o.dest: config.getini(_ini_name(o)) or None for o in _OPTIONS}
+    stack_names = [o.dest for o in STACK_OPTIONS if o.dest != "modes"]
+    from_command_line = any(given[name] for name in stack_names)
+    source = given if from_command_line else standing
+    values = {name: standing[name] if value is None else value for name, value in given.items()}
+    for name in ("max_new_tokens", "batch_size"):
+        values[name] = _count(values[name], name)
+    modes = tuple(values["modes"] or ())
+    options = stack_options(SimpleNamespace(**{**source, "modes": modes}))
+    return _Setting(
+        options=options,
+        folder=config.invocation_params.dir if from_command_line else config.rootpath,
+        values=values,
+        asked_for=options.named or bool(modes) or any(given.values()),
+    )
+
+
+def _count(value: object, name: str) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise pytest.UsageError(f"--{name.replace('_', '-')}: {value!r} is not 1 or more")
+    return number
+
+
+def pytest_report_header(config: pytest.Config) -> list[str] | None:
+    setting = config.stash[_SETTING]
+    if not setting.asked_for:
+        return None
+    stack = setting.stack
+    lines = [f"lora-stack: {stack.name}, base {stack.base.source} ({stack.base.chosen_by})"]
+    lines += [
+        f"  adapter {a.name}: {a.source} sha256 {adapter_digest(a.path)[:12]}"
+        for a in stack.adapters
+    ]
+    lines.append(
+        f"  modes {', '.join(m.name for m in stack.modes)} × {len(setting.preset.prompts)} prompts "
+        f"of {setting.preset.name}; device {setting.values['device'] or 'default'}, "
+        f"dtype {setting.values['dtype'] or 'as stored'}"
+    )
+    lines.append("  " + ", ".join(f"{k} {v}" for k, v in _versions().items()))
+    return [shown(line) for line in lines]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = metafunc.fixturenames
+    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode"}
+    if not ours.intersection(names):
+        return
+    setting = metafunc.config.stash[_SETTING]
+    try:
+        stack, preset = setting.stack, setting.preset
+    except InputError as error:
+        raise pytest.UsageError(shown(str(error))) from None
+    if "lora_mode" in names:
+        _parametrize(metafunc, "lora_mode", [(m.name, m) for m in stack.modes])
+    if "lora_declared_mode" in names:
+        declared = [(m.name, m) for m in stack.modes if m.name in stack.stops]
+        _parametrize(metafunc, "lora_declared_mode", declared)
+    if "lora_mode_pair" in names:
+        pairs = [(f"{a.name}-{b.name}", (a, b)) for a, b in _pairs(stack)]
+        _parametrize(metafunc, "lora_mode_pair", pairs)
+    if "lora_prompt" in names:
+        _parametrize(metafunc, "lora_prompt", [(p.id, p) for p in preset.prompts])
+
+
+def _parametrize(metafunc: pytest.Metafunc, name: str, cases: Sequence[tuple[str, Any]]) -> None:
+    metafunc.parametrize(
+        name,
+        [value for _, value in cases],
+        ids=[label for label, _ in cases],
+        indirect=True,
+        scope="function" if name == "lora_prompt" else "session",
+    )
+
+
+def _pairs(stack: AdapterStack) -> list[tuple[Mode, Mode]]:
+    """Modes that must differ: those where one's adapters are part of the other's."""
+    return [
+        (smaller, larger)
+        for smaller in stack.modes
+        for larger in stack.modes
+        if set(smaller.adapters) < set(larger.adapters)
+    ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    reason = f"no CUDA device (torch {torch.__version__})"
+    if item.config.getoption(_DEST + "require_gpu"):
+        pytest.fail(f"{reason}, and --require-gpu was given", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def lora_stack(pytestconfig: pytest.Config) -> AdapterStack:
+    """The stack under test."""
+    return pytestconfig.stash[_SETTING].stack
+
+
+@pytest.fixture(scope="session")
+def lora_preset(pytestconfig: pytest.Config) -> Preset:
+    """The preset under test, with `--max-new-tokens` and `--batch-size` applied."""
+    return pytestconfig.stash[_SETTING].preset
+
+
+@pytest.fixture(scope="session")
+def lora_engine(pytestconfig: pytest.Config, lora_stack: AdapterStack) -> Iterator[PeftEngine]:
+    """The loaded stack; one load a session (a worker, under xdist)."""
+    from harness.engines import load_engine
+
+    values = pytestconfig.stash[_SETTING].values
+    try:
+        engine = load_engine(
+            lora_stack,
+            device=values["device"],
+            dtype=values["dtype"],
+            trust_remote_code=bool(values["trust_remote_code"]),
+        )
+    except InputError as error:
+        pytest.fail(shown(str(error)), pytrace=False)
+    with engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def lora_training_stack(lora_stack: AdapterStack) -> AdapterStack:
+    """A stack of several adapters that a training step can be taken on here, in float32 on a CPU:
+    the one under test if it is small enough, otherwise the embedded one."""
+    from harness.checkpoint_files import read_checkpoint
+
+    shards = read_checkpoint(lora_stack.base.path).shards
+    if len(lora_stack.adapters) > 1 and sum(shard.size for shard in shards) < _TRAINABLE_BYTES:
+        return lora_stack
+    return stack_from_options(StackOptions())
+
+
+@pytest.fixture(scope="session")
+def lora_mode(request: pytest.FixtureRequest) -> Mode:
+    """Parametrised: each mode of the stack."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def lora_declared_mode(request: pytest.FixtureRequest) -> Mode:
+    """Parametrised: each mode whose stopping the stack's TOML declares."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def lora_mode_pair(request: pytest.FixtureRequest) -> tuple[Mode, Mode]:
+    """Parametrised: two modes, the second with all of the first's adapters and more."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def lora_prompt(request: pytest.FixtureRequest) -> Prompt:
+    """Parametrised: each prompt of the preset."""
+    return request.param  # type: ignore[no-any-return]
+
+
+class Completions:
+    """What each mode says to the preset's prompts; generated in one batch when first asked for."""
+
+    def __init__(self, engine: PeftEngine, preset: Preset) -> None:
+        self._engine, self._preset = engine, preset
+        self._found: dict[tuple[Mode, Application], tuple[Completion, ...]] = {}
+
+    def of(self, mode: Mode, application: Application = Application.LIVE) -> tuple[Completion, ...]:
+        """The completions of *mode*, in the order of the preset's prompts."""
+        key = (mode, application)
+        if key not in self._found:
+            self._found[key] = self._engine.generate(
+                self._preset.prompts, mode, self._preset.settings, application=application
+            )
+        return self._found[key]
+
+
+@pytest.fixture(scope="session")
+def lora_completions(lora_engine: PeftEngine, lora_preset: Preset) -> Completions:
+    """`lora_completions.of(mode)`: what the mode says to every prompt of the preset."""
+    return Completions(lora_engine, lora_preset)
+
+
+@pytest.fixture
+def lora_completion(
+    lora_completions: Completions, lora_mode: Mode, lora_prompt: Prompt
+) -> Completion:
+    """What this mode says to this prompt."""
+    return next(c for c in lora_completions.of(lora_mode) if c.prompt.id == lora_prompt.id)
+
+
+@pytest.fixture(scope="session")
+def _lora_snapshot_extension(
+    pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_stack: AdapterStack
+) -> type[Any]:
+    from harness.snapshot import snapshot_extension
+
+    root = pytestconfig.rootpath / pytestconfig.getini("lora_snapshots")
+    profile = pytestconfig.getoption(_DEST + "profile")
+    base = lora_stack.base
+    made_with = {
+        "base": f"{base.source}@{base.revision}" if base.revision else base.path.name,
+        **{f"adapter_{a.name}": adapter_digest(a.path)[:16] for a in lora_stack.adapters},
+        "device": lora_engine.device,
+        "dtype": lora_engine.dtype,
+        **_versions(),
+    }
+    return snapshot_extension(root / profile if profile else root, made_with)
+
+
+@pytest.fixture
+def lora_snapshot(
+    snapshot: Any,
+    _lora_snapshot_extension: type[Any],
+    lora_preset: Preset,
+    lora_prompt: Prompt,
+    lora_mode: Mode,
+) -> Any:
+    """The accepted completion of this mode and prompt: `assert completion == lora_snapshot`."""
+    from harness.snapshot import snapshot_name
+
+    name = snapshot_name(lora_preset.name, lora_prompt.id, lora_mode.name)
+    return snapshot.use_extension(_lora_snapshot_extension)(name=name)
+
+
+@pytest.fixture
+def lora_judge(request: pytest.FixtureRequest) -> Callable[[Verdict], None]:
+    """`lora_judge(verdict)` records a verdict for summary and JUnit, and fails unless it passed."""
+
+    def judge(verdict: Verdict) -> None:
+        request.node.user_properties.append(("lora_verdict", verdict.outcome.value))
+        if not verdict.passed:
+            lines = [f"{verdict.name}: {verdict.outcome}", *verdict.evidence]
+            if verdict.remedy:
+                lines.append(f"→ {verdict.remedy}")
+            pytest.fail(shown("\n".join(lines)), pytrace=False)
+
+    return judge
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    # User properties travel to JUnit, and from xdist's workers to the controller's summary.
+    if call.when == "call" and (parameters := _lora_parameters(item)):
+        item.user_properties.extend(parameters.items())
+        if not any(name == "lora_verdict" for name, _ in item.user_properties):
+            item.user_properties.append(("lora_verdict", _outcome(item, call).value))
+    return (yield)
+
+
+def _lora_parameters(item: pytest.Item) -> dict[str, str]:
+    found: dict[str, str] = {}
+    callspec = getattr(item, "callspec", None)
+    for name, value in (callspec.params if callspec else {}).items():
+        if name in ("lora_mode", "lora_declared_mode"):
+            found["lora_mode"] = value.name
+        elif name == "lora_mode_pair":
+            found["lora_mode"] = value[1].name
+        elif name == "lora_prompt":
+            found["lora_prompt"] = value.id
+    return found
+
+
+def _outcome(item: pytest.Item, call: pytest.CallInfo[None]) -> Outcome:
+    if call.excinfo is None:
+        return Outcome.HELD
+    if call.excinfo.errisinstance(pytest.skip.Exception):
+        return Outcome.SKIPPED
+    snapshot = getattr(item, "funcargs", {}).get("lora_snapshot")
+    for result in snapshot.executions.values() if snapshot is not None else ():
+        if not result.success:
+            return _snapshot_outcome(result)
+    return Outcome.FAILED
+
+
+def _snapshot_outcome(result: Any) -> Outcome:
+    from harness.snapshot import differences, read_snapshot
+
+    if result.recalled_data is None:
+        return Outcome.MISSING
+    try:
+        accepted = read_snapshot(str(result.recalled_data), where=result.snapshot_location)
+    except InputError:
+        return Outcome.UNREADABLE
+    fresh = read_snapshot(str(result.asserted_data), where="the completion")
+    lines = differences(accepted, fresh)
+    incomparable = any(line.startswith("incomparable") for line in lines)
+    return Outcome.INCOMPARABLE if incomparable else Outcome.CHANGED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    counts: dict[str, Counter[str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            properties = dict(getattr(report, "user_properties", ()))
+            if getattr(report, "when", None) == "call" and "lora_mode" in properties:
+                row = counts.setdefault(properties["lora_mode"], Counter())
+                row[properties["lora_verdict"]] += 1
+    if not counts:
+        return
+    outcomes = [o.value for o in Outcome if any(row[o.value] for row in counts.values())]
+    terminalreporter.section("lora-stack: modes × verdicts")
+    order = [m.name for m in config.stash[_SETTING].stack.modes]
+    width = max(len(mode) for mode in counts)
+    terminalreporter.line(" " * width + "".join(f"{name:>14}" for name in outcomes))
+    for mode in sorted(counts, key=lambda m: order.index(m) if m in order else len(order)):
+        cells = "".join(f"{counts[mode][name] or '·':>14}" for name in outcomes)
+        terminalreporter.line(f"{mode:<{width}}{cells}")
+    for line in _next_commands(config, outcomes):
+        terminalreporter.line(line)
+
+
+def _next_commands(config: pytest.Config, outcomes: Sequence[str]) -> list[str]:
+    """The command to run next, for the worst there is."""
+    again = shlex.join(["pytest", *config.invocation_params.args])
+    if Outcome.UNREADABLE in outcomes:
+        return ["next: restore the unreadable snapshot files, then run again"]
+    if {Outcome.CHANGED, Outcome.MISSING, Outcome.INCOMPARABLE}.intersection(outcomes):
+        return [f"next: read the differences above; to accept them: {again} --snapshot-update"]
+    if Outcome.FAILED in outcomes:
+        return ["next: see what each mode says side by side: lora-stack run"]
+    return []
