@@ -114,9 +114,7 @@ def batched(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tenso
 def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """The logits, `(rows, width, vocabulary)`, without a cache."""
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    output = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-    )
+    output = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
     logits: Tensor = output.logits
     return logits
 

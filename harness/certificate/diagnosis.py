@@ -59,9 +59,7 @@ def fit(excess: Tensor, responses: Mapping[str, Tensor], noise: float) -> Fit:
     """Fit `excess ≈ Σ cᵢ·responses[i]`; all `(n, out)` float64, *noise* the RMS of an entry."""
     names = [name for name, response in responses.items() if float(response.norm()) > 0]
     if not names or not bool(torch.isfinite(excess).all()):
-        return Fit(
-            coefficients={}, errors={}, residual=float(excess.square().mean().sqrt())
-        )
+        return Fit(coefficients={}, errors={}, residual=float(excess.square().mean().sqrt()))
     flat = torch.stack([responses[name].reshape(-1) for name in names])
     norms = flat.norm(dim=1)
     unit = flat / norms[:, None]
@@ -237,9 +235,7 @@ def _crossed(pairs: list[LoraPair], weights: list[float]) -> LoraPair | None:
     return dataclasses.replace(pairs[0], a=a, b=b, scale=1.0)
 
 
-def _unexplained(
-    excess: Tensor, claimed: Tensor, found: Fit, weights: Mapping[str, float]
-) -> str:
+def _unexplained(excess: Tensor, claimed: Tensor, found: Fit, weights: Mapping[str, float]) -> str:
     wrong = excess - claimed
     size = float(claimed.norm())
     if size == 0:

@@ -89,9 +89,7 @@ class _OtherShapeError(Exception):
 Replace = Callable[[LiveLayer, Tensor, Tensor], Tensor]
 
 
-def _run(
-    live: LiveModel, claim: Claim, rows: list[list[int]], replace: Replace
-) -> list[Tensor]:
+def _run(live: LiveModel, claim: Claim, rows: list[list[int]], replace: Replace) -> list[Tensor]:
     """Logits, `(tokens, vocabulary)` a row, with every adapted layer's output replaced."""
     adapted = dict.fromkeys((*live.lora_layers, *(m for m in claim.modules if m in live.layers)))
     handles = []

@@ -180,9 +180,7 @@ def _pair(layer: LiveLayer, part: LiveAdapter) -> LoraPair:
     return LoraPair(module=layer.name, a=part.a.cpu(), b=part.b.cpu(), scale=part.scale)
 
 
-def _stacked(
-    terms: Sequence[tuple[float, LoraPair]], layer: LiveLayer
-) -> tuple[Tensor, Tensor]:
+def _stacked(terms: Sequence[tuple[float, LoraPair]], layer: LiveLayer) -> tuple[Tensor, Tensor]:
     """`A` and `B` in float64 whose product is the sum of the terms."""
     rows, columns = layer.weight.shape
     if layer.kind != "linear":
@@ -203,9 +201,7 @@ def _product_norm(a: Tensor, b: Tensor) -> float:
     return float((b @ upper.T).norm())
 
 
-def _cause(
-    layer: LiveLayer, claim: Claim, wanted: Mapping[str, LoraPair], others: Others
-) -> str:
+def _cause(layer: LiveLayer, claim: Claim, wanted: Mapping[str, LoraPair], others: Others) -> str:
     """Read the sum that the layer applies through random inputs, and name what is wrong."""
     pairs = {**claim.pairs(layer.name), **wanted}
     generator = torch.Generator().manual_seed(0)

@@ -180,7 +180,9 @@ def _check_outputs(
             Verdict(
                 name=OUTPUTS,
                 outcome=Outcome.UNDECIDED,
-                evidence=("the model was not run: running it would change it, see the other checks",),
+                evidence=(
+                    "the model was not run: running it would change it, see the other checks",
+                ),
                 remedy="mend what the other checks name, then certify again",
             ),
             {},
@@ -199,7 +201,7 @@ def _check_outputs(
     }
     wrong = [f for f in probed if _off(f, claim, unit, row_unit)]
     if probed:
-        worst = max(probed, key=lambda f: (f.out or 0.0))
+        worst = max(probed, key=lambda f: f.out or 0.0)
         figures |= {"worst_module": worst.name, "worst_units": (worst.out or 0.0) / unit}
     if not probed:
         return Verdict(name=OUTPUTS, outcome=Outcome.UNDECIDED,

@@ -147,6 +147,7 @@ def _scan(
     directions = directions.to(device)
     seen = torch.zeros((_DIRECTIONS, out), dtype=torch.float64, device=device)
     equal, differing, rounded_bf16, scaled = True, 0, True, [0.0, 0.0]
+    coarse_bf16 = live.dtype != torch.bfloat16
     columns = torch.zeros((2, width), dtype=torch.float64, device=device)
     rows = torch.zeros((2, out), dtype=torch.float64, device=device)
     step = max(1, _BLOCK // width)
@@ -167,6 +168,7 @@ def _scan(
         excess = now - block
         seen[:, here] = directions @ excess.T
         differing += int((excess != 0).sum())
+        coarse_bf16 = coarse_bf16 and torch.equal(now, now.bfloat16().double())
         rounded_bf16 = rounded_bf16 and torch.equal(now, block.bfloat16().double())
         scaled[0] += float((now * block).sum())
         scaled[1] += float(block.square().sum())
@@ -208,7 +210,9 @@ def _scan(
     if merged and units <= 1.5 and not coefficients_wrong:
         return scan(equal=False, units=units, cause=None)
     ratio = scaled[0] / scaled[1] if scaled[1] else 0.0
-    if not merged and rounded_bf16:
+    if merged and coarse_bf16:
+        cause = "the merged weight was rounded through bfloat16"
+    elif not merged and rounded_bf16:
         cause = "the base's weight was rounded through bfloat16"
     elif not merged and _proportional(rows[0], scaled, ratio):
         cause = f"it is {ratio:.4g} times the file's"
@@ -349,7 +353,9 @@ def _outputs(
     size = float((reference + claimed).square().mean().sqrt())
     if layer.kind != "embedding":
         # Where the products cancel, the output is smaller than what was rounded on the way.
-        size += float(x.double().norm()) * scanned.norm / math.sqrt(x.shape[0] * layer.weight.numel())
+        size += (
+            float(x.double().norm()) * scanned.norm / math.sqrt(x.shape[0] * layer.weight.numel())
+        )
     size += sum(abs(weights[n]) * float(r.square().mean().sqrt()) for n, r in responses.items())
     unit = eps * max(size, 1e-300)
     base_error = None

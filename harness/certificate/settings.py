@@ -152,9 +152,12 @@ def _eos(
     outside = [n for n in effective if vocabulary and not 0 <= n < vocabulary]
     if outside:
         faults.append(f"EOS {outside[0]} is outside the vocabulary of {vocabulary}")
-    if declared and effective and set(effective) != set(declared) and given.get(
-        "eos_token_id"
-    ) is None:
+    if (
+        declared
+        and effective
+        and set(effective) != set(declared)
+        and given.get("eos_token_id") is None
+    ):
         faults.append(f"the model stops at {list(effective)}, {source} says {list(declared)}")
     if effective and set(config_eos) - set(effective):
         faults.append(
@@ -279,9 +282,7 @@ def _length(
     asked: bool,
 ) -> Verdict:
     if not asked:
-        return Verdict(
-            name=LENGTH, outcome=Outcome.SKIPPED, evidence=("generation was not given",)
-        )
+        return Verdict(name=LENGTH, outcome=Outcome.SKIPPED, evidence=("generation was not given",))
     new, total = _effective("max_new_tokens", given, own), _effective("max_length", given, own)
     longest = max((len(_prompt_ids(tokenizer, p)) for p in prompts), default=0) if tokenizer else 0
     context = int(getattr(getattr(live.bare, "config", None), "max_position_embeddings", 0) or 0)
@@ -357,7 +358,9 @@ def _prompt_ids(tokenizer: Any, prompt: Prompt | str) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if prompt.text is not None or tokenizer.chat_template is None:
-        return list(tokenizer(prompt.text if prompt.text is not None else prompt.shown)["input_ids"])
+        return list(
+            tokenizer(prompt.text if prompt.text is not None else prompt.shown)["input_ids"]
+        )
     messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
     ids: list[int] = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False

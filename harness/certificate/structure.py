@@ -80,7 +80,9 @@ def _architecture(live: LiveModel, wanted: nn.Module) -> Verdict:
         have, want = scalars(found), scalars(module)
         for key in want:
             if key not in _IDLE_SCALARS and have.get(key) != want[key]:
-                faults.append(f"{name}: {key} is {have.get(key)!r}, config.json gives {want[key]!r}")
+                faults.append(
+                    f"{name}: {key} is {have.get(key)!r}, config.json gives {want[key]!r}"
+                )
     faults += [
         f"{name}: {type(module).__name__} is not in config.json's model"
         for name, module in live.modules.items()
@@ -168,9 +170,7 @@ def _rebuilt(live: LiveModel, wanted: nn.Module | None, name: str) -> Tensor | N
     return tensor if isinstance(tensor, Tensor) else None
 
 
-def check_hooks(
-    live: LiveModel, rows: Sequence[Sequence[int]], seen: Capture | None
-) -> Verdict:
+def check_hooks(live: LiveModel, rows: Sequence[Sequence[int]], seen: Capture | None) -> Verdict:
     """Foreign hooks and replaced forward methods, by what the logits are without them."""
     if not live.hooked:
         return held(HOOKS, "no module has a foreign hook or a replaced forward method")
@@ -205,7 +205,7 @@ def _without(live: LiveModel) -> Iterator[None]:
                 hooks = getattr(module, attribute)
                 kept.append((module, attribute, hooks))
                 own = [(k, h) for k, h in hooks.items()
-                       if str(getattr(h, "__module__", "")).startswith("harness.")]  # fmt: skip
+                       if str(getattr(h, "__module__", "")).startswith("harness.engines.")]  # fmt: skip
                 setattr(module, attribute, OrderedDict(own))
             if "forward" in vars(module):
                 kept.append((module, "forward", vars(module)["forward"]))

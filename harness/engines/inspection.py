@@ -326,7 +326,7 @@ def _patches(module: nn.Module) -> Iterator[str]:
     for attribute, kind in kinds:
         for hook in getattr(module, attribute).values():
             origin = str(getattr(hook, "__module__", None) or type(hook).__module__)
-            if not origin.startswith("harness."):
+            if not origin.startswith("harness.engines."):
                 yield f"{kind} {getattr(hook, '__qualname__', type(hook).__name__)} from {origin}"
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         yield "its forward method is replaced"

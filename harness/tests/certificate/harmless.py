@@ -66,9 +66,7 @@ def style_merged_and_instruct_live(s):
     from peft import PeftModel
 
     base = s.model.merge_and_unload(adapter_names=["style"])
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(base, attribute):
-            delattr(base, attribute)
+    vars(base).pop("peft_config", None)
     path = str(s.stack.adapter("instruct").path)
     s.model = PeftModel.from_pretrained(base, path, adapter_name="instruct").eval()
 

@@ -65,7 +65,9 @@ def write_stack(folder: Path, **arguments: Any) -> Any:
 
     adapters = arguments.pop("adapters", None) or {
         "style": AdapterSpec(rank=4, alpha=8),
-        "instruct": AdapterSpec(rank=4, alpha=12, targets=("q_proj", "v_proj", "o_proj", "down_proj")),
+        "instruct": AdapterSpec(
+            rank=4, alpha=12, targets=("q_proj", "v_proj", "o_proj", "down_proj")
+        ),
     }
     tiny = tiny_stack(folder, adapters=adapters, **arguments)
     return resolve_stack(base_model=tiny.base, adapters=tiny.adapters)
