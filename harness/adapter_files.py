@@ -45,6 +45,7 @@ _KEY = re.compile(
     r"(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.weight"
     r"|(?P<embedding>.+)\.(?P<embedding_factor>lora_embedding_A|lora_embedding_B)"
 )
+_BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
 
 # What makes an adapter more than `W + s·B·A`, by key of adapter_config.json. Each entry says why.
 _NOT_ADDITIVE: Mapping[str, str] = {
@@ -147,12 +148,16 @@ class AdapterFiles:
     Attributes:
         pairs: by module name as in the base model (`model.layers.0.self_attn.q_proj`), in the
             natural order (layer 2 before layer 10).
+        base_copies: copies of base weights by their name in the base. PEFT saves them beside an
+            adapter of an embedding or head and writes them over the base when it loads them, so
+            whoever knows the base must hold them against it.
     """
 
     folder: Path
     config: AdapterConfig
     tensors: TensorFile
     pairs: Mapping[str, PairEntry]
+    base_copies: Mapping[str, TensorEntry]
 
     def pair(self, module: str) -> LoraPair:
         """The factors of *module* as views of the mapped file, with their scale.
@@ -347,7 +352,15 @@ def read_adapter(folder: Path) -> AdapterFiles:
         path, what=WEIGHTS_NAME, remedy="copy or save the adapter's weights again"
     )
     return AdapterFiles(
-        folder=folder, config=config, tensors=tensors, pairs=_pairs(tensors, config)
+        folder=folder,
+        config=config,
+        tensors=tensors,
+        pairs=_pairs(tensors, config),
+        base_copies={
+            f"{match['module']}.weight".removeprefix(_KEY_PREFIX): entry
+            for name, entry in tensors.entries.items()
+            if (match := _BASE_COPY.fullmatch(name))
+        },
     )
 
 
@@ -357,7 +370,8 @@ def _pairs(tensors: TensorFile, config: AdapterConfig) -> dict[str, PairEntry]:
     for key, entry in tensors.entries.items():
         match = _KEY.fullmatch(key)
         if match is None or not key.startswith(_KEY_PREFIX):
-            strangers.append(key)
+            if _BASE_COPY.fullmatch(key) is None:
+                strangers.append(key)
             continue
         module = (match["module"] or match["embedding"]).removeprefix(_KEY_PREFIX)
         factors.setdefault(module, {})[match["factor"] or match["embedding_factor"]] = entry

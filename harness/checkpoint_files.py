@@ -91,6 +91,12 @@ def read_checkpoint(folder: Path) -> CheckpointFiles:
         what="config.json",
         remedy="give the folder of a model saved by transformers' save_pretrained",
     )
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            "an adapter lies in the base's folder; transformers would apply it unasked",
+            where=folder / "adapter_config.json",
+            remedy="move the adapter into a folder of its own",
+        )
     if (folder / INDEX_NAME).exists():
         index = read_json_object(folder / INDEX_NAME, what=INDEX_NAME)
         shards, places = _indexed(folder, index)

@@ -20,7 +20,7 @@ from harness.adapter_files import (
     nested_adapter_hint,
     read_adapter,
 )
-from harness.checkpoint_files import read_checkpoint
+from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.embedded import embedded_stack_file
 from harness.errors import InputError
 from harness.stack import (
@@ -33,6 +33,7 @@ from harness.stack import (
     parse_modes,
 )
 from harness.strict_json import read_toml
+from harness.tensor_files import same_bytes
 
 __all__ = ["DEFAULT_BASE", "StackOptions", "resolve_stack", "stack_from_options"]
 
@@ -243,6 +244,7 @@ def resolve_stack(
     checkpoint = read_checkpoint(base.path)
     for adapter_name, adapter_files in files.items():
         _check_shapes(adapter_name, adapter_files, checkpoint.places, base)
+        _check_base_copies(adapter_files, checkpoint)
     names = [adapter.name for adapter in found]
     chosen: tuple[Mode, ...] = default_modes(names) if modes is None else parse_modes(modes, names)
     return AdapterStack(
@@ -278,6 +280,23 @@ def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], b
             f"none of its modules is in the base {base.source} (the first is {module!r})",
             where=adapter.folder / WEIGHTS_NAME,
             remedy="give the base that the adapter was trained on as --base-model",
+        )
+
+
+def _check_base_copies(adapter: AdapterFiles, checkpoint: CheckpointFiles) -> None:
+    """PEFT would write these over the base, for every mode: they must be the base's own bytes."""
+    for name, entry in adapter.base_copies.items():
+        place = checkpoint.weight_name(name.removesuffix(".weight"))
+        if place is not None:
+            ours = checkpoint.entry(place)
+            if (entry.dtype, entry.shape) == (ours.dtype, ours.shape) and same_bytes(
+                adapter.tensors, entry, checkpoint.places[place], ours
+            ):
+                continue
+        raise InputError(
+            f"tensor {entry.name!r} would be written over the base's {name}, and differs from it",
+            where=adapter.tensors.path,
+            remedy="save the adapter again with save_pretrained(…, save_embedding_layers=False)",
         )
 
 

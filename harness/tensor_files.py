@@ -22,7 +22,14 @@ from harness.strict_json import parse_json_object, regular_file
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPE_BYTES", "TensorEntry", "TensorFile", "read_tensor_file", "torch_dtype"]
+__all__ = [
+    "DTYPE_BYTES",
+    "TensorEntry",
+    "TensorFile",
+    "read_tensor_file",
+    "same_bytes",
+    "torch_dtype",
+]
 
 #: Bytes an element, by safetensors dtype name.
 DTYPE_BYTES: Mapping[str, int] = {
@@ -37,6 +44,7 @@ _TORCH_NAMES = {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
+_BLOCK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 
 
@@ -109,6 +117,24 @@ def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, _TORCH_NAMES[name])
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def same_bytes(
+    first_file: TensorFile, first: TensorEntry, second_file: TensorFile, second: TensorEntry
+) -> bool:
+    """Whether two stored tensors are the same bytes; read in blocks, without torch."""
+    if first.end - first.start != second.end - second.start:
+        return False
+    with first_file.path.open("rb") as a, second_file.path.open("rb") as b:
+        a.seek(first.start)
+        b.seek(second.start)
+        left = first.end - first.start
+        while left:
+            size = min(left, _BLOCK_BYTES)
+            if a.read(size) != b.read(size):
+                return False
+            left -= size
+    return True
 
 
 def read_tensor_file(path: Path, *, what: str, remedy: str | None = None) -> TensorFile:

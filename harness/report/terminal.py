@@ -75,8 +75,8 @@ def print_loaded(out: Any, engine: Any, application: Application, seconds: float
                 style="green",
             )
         )
-    for mode in engine.stack.modes:
-        with engine.mode(mode, application):
+    for mode in engine.stack.modes if application == "live" else ():
+        with engine.mode(mode):
             names = " + ".join(mode.adapters) or "no adapter"
         out.print(Text(f"✓ {mode.name}: {names} active in every layer, read back", style="green"))
 

@@ -1,0 +1,37 @@
+"""Tiny stacks on disk for the harness' own tests. torch is imported when a test asks for it."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Qwen3 base and two adapters on disk (`TinyStack`). Not to be written to."""
+    from harness.testing.tiny import tiny_stack
+
+    return tiny_stack(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny):
+    """The tiny stack, loaded."""
+    from harness.engines import load_engine
+    from harness.resolve import resolve_stack
+
+    with load_engine(resolve_stack(adapters=tiny.adapters), device="cpu") as engine:
+        yield engine
+
+
+@pytest.fixture
+def adapter_copy(tiny, tmp_path):
+    """A copy of the tiny style adapter to break: `adapter_copy()` gives its folder."""
+    import json
+    import shutil
+
+    def copy(name="broken", **config):
+        folder = tmp_path / name
+        shutil.copytree(tiny.adapters["style"], folder)
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        return folder
+
+    return copy

@@ -1,0 +1,144 @@
+"""Adapter folders: what is read is what PEFT has, and every fault is named."""
+
+import json
+
+import pytest
+
+from harness.adapter_files import adapter_digest, natural_order, read_adapter
+from harness.errors import InputError
+from harness.testing import cases
+
+
+def test_deltas_are_those_that_peft_computes(tiny, tiny_engine):
+    import torch
+
+    from harness.engines.loading import lora_layers
+
+    for name in tiny.adapters:
+        files = tiny_engine.files[name]
+        for module, layer in lora_layers(tiny_engine.model).items():
+            if name in layer.lora_A:
+                expected = layer.get_delta_weight(name)
+                torch.testing.assert_close(files.pair(module).delta().float(), expected)
+
+
+@pytest.mark.parametrize("options", cases.PLAIN_LORA, ids=cases.label)
+def test_every_plain_lora_configuration_has_pefts_deltas(options, tiny, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from harness.engines.loading import lora_layers
+    from harness.testing.tiny import AdapterSpec, tiny_adapter
+
+    folder = tiny_adapter(tmp_path / "a", tiny.base, AdapterSpec(**options), seed=3)
+    files = read_adapter(folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny.base)
+    layers = lora_layers(PeftModel.from_pretrained(model, folder))
+    assert set(files.pairs) == set(layers)
+    for module, layer in layers.items():
+        expected = layer.get_delta_weight("default")
+        torch.testing.assert_close(files.pair(module).delta().float(), expected)
+
+
+def test_natural_order_puts_layer_2_before_layer_10():
+    assert sorted(["layers.10.x", "layers.2.x"], key=natural_order) == [
+        "layers.2.x",
+        "layers.10.x",
+    ]
+
+
+def test_digest_follows_the_contents(adapter_copy, tiny):
+    same, other = adapter_copy("same"), adapter_copy("other", lora_alpha=9)
+    assert adapter_digest(same) == adapter_digest(adapter_copy("again"))
+    assert adapter_digest(same) != adapter_digest(other)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: 'IA3' is not LORA"),
+        ({"r": 0}, "r: 0 is not a rank"),
+        ({"r": 10**9}, "is not a rank"),
+        ({"r": True}, "r: True is not a rank"),
+        ({"r": 5}, "A has rank 4, B has rank 4, the config says 5"),
+        ({"lora_alpha": "8"}, "lora_alpha: '8' is not a finite number"),
+        ({"use_rslora": "false"}, "use_rslora: 'false' is not true or false"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: '\\('"),
+        ({"rank_pattern": [4]}, "is not a table"),
+        ({"base_model_name_or_path": 3}, "is not a string"),
+        ({"frobnicate": 1}, "frobnicate: is not known"),
+    ],
+)
+def test_faulty_config_is_named(adapter_copy, config, complaint):
+    with pytest.raises(InputError, match=complaint) as caught:
+        read_adapter(adapter_copy(**config))
+    assert "broken" in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_missing_alpha_is_not_assumed(adapter_copy):
+    folder = adapter_copy()
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["lora_alpha"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="lora_alpha: is missing"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("key", cases.NOT_ADDITIVE, ids=str)
+def test_what_is_not_additive_says_why(adapter_copy, key):
+    config = read_adapter(adapter_copy(**cases.NOT_ADDITIVE[key])).config
+    assert any(key in reason for reason in config.not_additive)
+
+
+def rewrite(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop(FIRST), "lora_A is missing"),
+        (
+            lambda t: t.update({"lm_head.weight": t[FIRST] * 1}),
+            "'lm_head.weight' is no LoRA factor",
+        ),
+        (lambda t: t.update({FIRST: t[FIRST].flatten()}), "not two dimensions"),
+        (lambda t: t.update({FIRST: t[FIRST].char()}), "is I8"),
+        (lambda t: t.update({FIRST: t[FIRST][:3].clone()}), "A has rank 3, B has rank 4"),
+        (lambda t: t.clear(), "holds no LoRA factors"),
+        (
+            lambda t: t.update({FIRST.removeprefix("base_model."): t.pop(FIRST)}),
+            "is no LoRA factor",
+        ),
+    ],
+    ids=["half", "base-weight", "flat", "int8", "rank", "empty", "prefix"],
+)
+def test_faulty_tensors_are_named(adapter_copy, change, complaint):
+    folder = adapter_copy()
+    rewrite(folder, change)
+    with pytest.raises(InputError, match=complaint):
+        read_adapter(folder)
+
+
+def test_pickle_is_refused_and_not_read(adapter_copy):
+    folder = adapter_copy()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"pickle.*safe_serialization"):
+        read_adapter(folder)
+
+
+def test_checkpoint_inside_is_named(adapter_copy, tmp_path):
+    adapter_copy("run/checkpoint-90")
+    adapter_copy("run/checkpoint-531")
+    with pytest.raises(InputError, match="checkpoint-531"):
+        read_adapter(tmp_path / "run")

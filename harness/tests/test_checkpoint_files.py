@@ -1,0 +1,91 @@
+"""Base checkpoints: whole ones are read from one shard or many, broken ones are named."""
+
+import json
+import shutil
+
+import pytest
+
+from harness.checkpoint_files import INDEX_NAME, SINGLE_NAME, checkpoint_digest, read_checkpoint
+from harness.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    from harness.testing.tiny import tiny_base
+
+    return tiny_base(tmp_path_factory.mktemp("base"), max_shard_size="50KB")
+
+
+@pytest.fixture
+def copy(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_sharded_and_single_checkpoints_hold_the_same_tensors(sharded, tiny):
+    import torch
+
+    many, one = read_checkpoint(sharded), read_checkpoint(tiny.base)
+    assert len(many.shards) > 1
+    assert len(one.shards) == 1
+    assert set(many.places) == set(one.places)
+    assert all(torch.equal(many.tensor(n), one.tensor(n)) for n in many.places)
+
+
+def test_head_of_a_tied_base_is_the_embedding(tmp_path):
+    from harness.testing.tiny import tiny_base
+
+    tied = read_checkpoint(tiny_base(tmp_path / "tied", tied=True))
+    assert tied.weight_name("lm_head") == "model.embed_tokens.weight"
+    assert read_checkpoint(tmp_path / "tied").weight_name("nope") is None
+
+
+def test_digest_follows_the_contents(copy, sharded):
+    before = checkpoint_digest(read_checkpoint(copy))
+    assert before == checkpoint_digest(read_checkpoint(sharded))
+    (copy / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert before != checkpoint_digest(read_checkpoint(copy))
+
+
+def edit_index(folder, change):
+    index = json.loads((folder / INDEX_NAME).read_text())
+    change(index["weight_map"])
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda m: m.pop("model.norm.weight"), "leaves out 'model.norm.weight'"),
+        (lambda m: m.update({"ghost": next(iter(m.values()))}), "places 'ghost' in"),
+        (lambda m: m.update({"model.norm.weight": "../x"}), "not a file beside it"),
+        (lambda m: m.update({"model.norm.weight": "gone.safetensors"}), "is missing"),
+        (lambda m: m.clear(), "no weight_map"),
+    ],
+    ids=["left-out", "ghost", "outside", "missing-shard", "empty"],
+)
+def test_lying_index_is_named(copy, change, complaint):
+    edit_index(copy, change)
+    with pytest.raises(InputError, match=complaint):
+        read_checkpoint(copy)
+
+
+def test_pickled_base_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(InputError, match="pickle"):
+        read_checkpoint(tmp_path)
+
+
+def test_missing_weights_and_folder_are_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=f"{SINGLE_NAME} is missing"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        read_checkpoint(tmp_path / "gone")
+
+
+def test_adapter_lying_in_the_base_folder_is_refused(copy, tiny):
+    shutil.copy(tiny.adapters["style"] / "adapter_config.json", copy)
+    with pytest.raises(InputError, match="transformers would apply it unasked"):
+        read_checkpoint(copy)

@@ -1,0 +1,108 @@
+"""safetensors files: sound ones are read exactly, broken ones are named."""
+
+import json
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.errors import InputError
+from harness.tensor_files import read_tensor_file
+
+
+def written(path, header, data=b"", length=None):
+    body = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(body) if length is None else length) + body + data)
+    return path
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "int64", "uint8"]),
+)
+def test_tensors_are_those_that_safetensors_wrote(tmp_path_factory, shapes, dtype):
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("t") / "x.safetensors"
+    tensors = {
+        f"t{n}": torch.arange(torch.Size(shape).numel()).reshape(shape).to(getattr(torch, dtype))
+        for n, shape in enumerate(shapes)
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    read = read_tensor_file(path, what="weights")
+    assert dict(read.metadata) == {"format": "pt"}
+    assert set(read.entries) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(read.tensor(name), tensor)
+
+
+def test_changing_a_tensor_leaves_the_file_alone(tmp_path):
+    path = written(tmp_path / "x.safetensors", {"a": entry()}, struct.pack("<f", 2.5))
+    before = path.read_bytes()
+    tensor = read_tensor_file(path, what="weights").tensor("a")
+    tensor += 1
+    assert (float(tensor), path.read_bytes()) == (3.5, before)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "complaint"),
+    [
+        ({"a": entry()}, b"", "ends at byte"),
+        ({"a": entry()}, b"\0" * 8, "4 bytes after the last tensor"),
+        ({"a": entry(offsets=(4, 8))}, b"\0" * 8, "follows a hole"),
+        ({"a": entry(), "b": entry()}, b"\0" * 4, "overlaps"),
+        ({"a": entry(shape=(2,))}, b"\0" * 4, "needs 8 bytes, its range holds 4"),
+        ({"a": entry(dtype="F12")}, b"\0" * 4, "unknown dtype 'F12'"),
+        ({"a": entry(shape=(-1,))}, b"\0" * 4, "not a list of sizes"),
+        ({"a": entry(shape=(True,))}, b"\0" * 4, "not a list of sizes"),
+        ({"a": entry(offsets=(4, 0))}, b"\0" * 4, "not a byte range"),
+        ({"a": {"dtype": "F32"}}, b"", "is not {dtype, shape, data_offsets}"),
+        (b'{"a": 1, "a": 2}', b"", "twice"),
+        (b'{"__metadata__": {"a": 1}}', b"", "__metadata__"),
+    ],
+)
+def test_lying_header_is_refused(tmp_path, header, data, complaint):
+    path = written(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(InputError, match=complaint):
+        read_tensor_file(path, what="weights")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "HTML page"),
+        (b"PK\x03\x04" + b"\0" * 40, "pickle"),
+        (b"\x80\x02}q\x00.", "pickle"),
+        (b"", "too few"),
+        (b"\xff" * 16, "claims"),
+    ],
+)
+def test_other_formats_are_recognised(tmp_path, content, complaint):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        read_tensor_file(path, what="weights")
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 200))
+def test_truncated_file_is_refused(tmp_path_factory, cut):
+    whole = written(
+        tmp_path_factory.mktemp("t") / "x.safetensors",
+        {"a": entry(shape=(30,), offsets=(0, 120))},
+        b"\0" * 120,
+    )
+    data = whole.read_bytes()
+    if cut >= len(data):
+        return
+    whole.write_bytes(data[:cut])
+    with pytest.raises(InputError):
+        read_tensor_file(whole, what="weights")
