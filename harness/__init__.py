@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.certificate import Certificate, certify_stack, check_training_stack
     from harness.completion import (
         Application,
         Completion,
@@ -33,6 +34,7 @@ _HOMES = {
     "AdapterStack": "harness.stack",
     "Application": "harness.completion",
     "Base": "harness.stack",
+    "Certificate": "harness.certificate",
     "Completion": "harness.completion",
     "Engine": "harness.completion",
     "GenerationSettings": "harness.completion",
@@ -45,6 +47,8 @@ _HOMES = {
     "Prompt": "harness.completion",
     "StopReason": "harness.completion",
     "Verdict": "harness.verdict",
+    "certify_stack": "harness.certificate",
+    "check_training_stack": "harness.certificate",
     "load_engine": "harness.engines",
     "load_preset": "harness.preset",
     "load_prompts": "harness.preset",
@@ -56,6 +60,7 @@ __all__ = [
     "AdapterStack",
     "Application",
     "Base",
+    "Certificate",
     "Completion",
     "Engine",
     "GenerationSettings",
@@ -68,6 +73,8 @@ __all__ = [
     "Prompt",
     "StopReason",
     "Verdict",
+    "certify_stack",
+    "check_training_stack",
     "load_engine",
     "load_preset",
     "load_prompts",

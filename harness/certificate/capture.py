@@ -75,8 +75,7 @@ def probe_ids(
     """Token ids to probe with: the prompts', or seeded random ones without a tokenizer."""
     rows: list[list[int]] = []
     if tokenizer is not None:
-        for prompt in prompts or DEFAULT_PROMPTS:
-            rows.append(_ids(tokenizer, prompt)[:_PROMPT_TOKENS])
+        rows = [_ids(tokenizer, prompt)[:_PROMPT_TOKENS] for prompt in prompts or DEFAULT_PROMPTS]
     rows = [row for row in rows if row and max(row) < vocabulary]
     if not rows:
         generator = torch.Generator().manual_seed(0)

@@ -135,9 +135,7 @@ def _of_coefficients(
     present = [n for n, w in wanted.items() if w and n not in gone]
     if gone and not present:
         return f"no adapter is applied here ({' and '.join(gone)} missing)"
-    words: list[str] = []
-    for name in gone:
-        words.append(f"adapter {name} is missing here: {' and '.join(present)} only")
+    words = [f"adapter {name} is missing here: {' and '.join(present)} only" for name in gone]
     for name, weight in wanted.items():
         if name in gone or near[name]:
             continue
@@ -163,7 +161,7 @@ def _of_ratio(name: str, ratio: float, pair: LoraPair) -> str:
     root = math.sqrt(pair.rank)
     alpha = pair.scale * pair.rank
     if pair.rank > 1 and abs(ratio / root - 1) <= _SAME:
-        note = f", which is √r: rsLoRA's scale (or PEFT's cat of rsLoRA adapters) where r = {pair.rank}"
+        note = f", which is √r with r = {pair.rank}: rsLoRA's scale (or PEFT's cat of rsLoRA)"
     elif pair.rank > 1 and abs(ratio * root - 1) <= _SAME:
         note = f", which is 1/√r: alpha/r where rsLoRA was meant, r = {pair.rank}"
     elif alpha and abs(ratio * alpha / 8 - 1) <= _SAME:

@@ -219,7 +219,8 @@ def _check_outputs(
         return (
             failed(
                 OUTPUTS,
-                f"{len(wrong)} of {len(probed)} layers do not compute what the files say; {measured}",
+                f"{len(wrong)} of {len(probed)} layers do not compute what the files say",
+                measured,
                 *listed(lines, "layers"),
                 remedy="read the causes: they name the adapter and what happened to it; then load "
                 "or merge the stack again",
@@ -256,15 +257,15 @@ def _units(probed: Sequence[LayerFinding]) -> tuple[float, float]:
     An embedding looks rows up and rounds nothing, so it does not count.
     """
     sound = [f for f in probed if f.weight is not None and f.weight.equal]
-    pairs = [(f.base_out, f.base_row) for f in sound if f.base_out is not None]
+    pairs = [(f.base_out or 0.0, f.base_row or 0.0) for f in sound if f.base_out is not None]
     if not pairs:
-        pairs = [(f.out, f.row) for f in sound if not f.adapted and f.out != 0.0]
+        pairs = [(f.out or 0.0, f.row or 0.0) for f in sound if not f.adapted and f.out]
     if not pairs:
-        pairs = [(f.out, f.row) for f in probed if f.out != 0.0]
+        pairs = [(f.out or 0.0, f.row or 0.0) for f in probed if f.out]
     if not pairs:
         return _FLOOR, 2 * _FLOOR
-    unit = statistics.median(p[0] for p in pairs if p[0] is not None)
-    row = statistics.median(p[1] for p in pairs if p[1] is not None)
+    unit = statistics.median(pair[0] for pair in pairs)
+    row = statistics.median(pair[1] for pair in pairs)
     return max(unit, _FLOOR), max(row, 2 * _FLOOR)
 
 

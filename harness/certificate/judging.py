@@ -61,5 +61,5 @@ def judge_model(
     return Certificate(
         subject=f"stack {stack.name}, mode {claim.mode.name} ({claim.mode.formula})",
         checks=(*state, *report.checks, *structure, hooks, *whole, *settings),
-        figures=figures | report.figures,
+        figures=figures | dict(report.figures),
     )

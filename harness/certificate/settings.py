@@ -210,9 +210,8 @@ def _padding(
     mask, ids = _rows(given.get("attention_mask")), _rows(given.get("input_ids"))
     if mask is not None and ids is not None:
         faults += list(_mask_faults(ids, mask, pad))
-    elif ids is not None and len(ids) > 1 and mask is None and pad is not None:
-        if any(row and pad in (row[0], row[-1]) for row in ids):
-            faults.append("padded input_ids come without attention_mask: padding is read as text")
+    elif ids is not None and len(ids) > 1 and any(row and pad in (row[0], row[-1]) for row in ids):
+        faults.append("padded input_ids come without attention_mask: padding is read as text")
     if faults:
         return failed(
             PADDING,
@@ -231,8 +230,8 @@ def _truncates(tokenizer: Any) -> bool:
 def _rows(value: Any) -> list[list[int]] | None:
     if value is None:
         return None
-    rows = value.tolist() if hasattr(value, "tolist") else [list(row) for row in value]
-    return rows if rows and isinstance(rows[0], list) else [rows]
+    rows: list[Any] = value.tolist() if hasattr(value, "tolist") else list(value)
+    return [list(row) for row in rows] if rows and isinstance(rows[0], list) else [rows]
 
 
 def _mask_faults(ids: list[list[int]], mask: list[list[int]], pad: int | None) -> Iterator[str]:
@@ -246,7 +245,8 @@ def _mask_faults(ids: list[list[int]], mask: list[list[int]], pad: int | None) -
         elif pad is not None and row[0] == pad and all(seen) and len(set(row)) > 1:
             yield f"row {place}: begins with padding that the mask shows as text"
         elif pad is not None and any(t != pad for t, s in zip(row, seen, strict=True) if not s):
-            yield f"row {place}: the mask hides {sum(1 for s in seen if not s)} tokens of the prompt"
+            hidden = sum(1 for s in seen if not s)
+            yield f"row {place}: the mask hides {hidden} tokens of the prompt"
 
 
 def _decoding(given: Mapping[str, Any], own: Mapping[str, Any], declared: bool) -> Verdict:

@@ -78,11 +78,11 @@ def _architecture(live: LiveModel, wanted: nn.Module) -> Verdict:
             )
             continue
         have, want = scalars(found), scalars(module)
-        for key in want:
-            if key not in _IDLE_SCALARS and have.get(key) != want[key]:
-                faults.append(
-                    f"{name}: {key} is {have.get(key)!r}, config.json gives {want[key]!r}"
-                )
+        faults += [
+            f"{name}: {key} is {have.get(key)!r}, config.json gives {want[key]!r}"
+            for key in want
+            if key not in _IDLE_SCALARS and have.get(key) != want[key]
+        ]
     faults += [
         f"{name}: {type(module).__name__} is not in config.json's model"
         for name, module in live.modules.items()
@@ -204,8 +204,11 @@ def _without(live: LiveModel) -> Iterator[None]:
             for attribute in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks = getattr(module, attribute)
                 kept.append((module, attribute, hooks))
-                own = [(k, h) for k, h in hooks.items()
-                       if str(getattr(h, "__module__", "")).startswith("harness.engines.")]  # fmt: skip
+                own = [
+                    (key, hook)
+                    for key, hook in hooks.items()
+                    if str(getattr(hook, "__module__", "")).startswith("harness.engines.")
+                ]
                 setattr(module, attribute, OrderedDict(own))
             if "forward" in vars(module):
                 kept.append((module, "forward", vars(module)["forward"]))

@@ -250,8 +250,8 @@ def _acts(module: nn.Module) -> bool:
 
 
 def _innermost(module: nn.Module) -> nn.Module:
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    while isinstance(inside := getattr(module, "base_layer", None), nn.Module):
+        module = inside
     return module
 
 
@@ -298,7 +298,8 @@ def _live_adapter(module: Any, name: str, a: Tensor, b: Tensor) -> LiveAdapter:
         extra = type(variant).__name__
     elif isinstance(bias, Tensor):
         extra = "a bias beside B (lora_bias)"
-    dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+    dropouts = dict(module.lora_dropout.items())
+    dropout = dropouts.get(name)
     probability = float(getattr(dropout, "p", 0.0))
     return LiveAdapter(
         name=name,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 Q = "model.layers.0.self_attn.q_proj"  # square; both adapters
-O = "model.layers.1.self_attn.o_proj"
+OUT = "model.layers.1.self_attn.o_proj"
 UP = "model.layers.1.mlp.up_proj"  # style alone
 ADAPTERS, OUTPUTS, WEIGHTS = "adapters in memory", "module outputs", "base weights"
 ACTIVE, MERGED, EVALUATION = "active adapters", "merged flags", "evaluation mode"
@@ -64,13 +64,13 @@ def sign_of_one_element(s):
 
 @fault(ADAPTERS, "adapter instruct was rounded through bfloat16")
 def rounded_through_bfloat16(s):
-    for factor in _weights(s, O, "instruct"):
+    for factor in _weights(s, OUT, "instruct"):
         factor.copy_(factor.bfloat16())
 
 
 @fault(ADAPTERS, "adapter instruct was rounded through float16")
 def rounded_through_float16(s):
-    for factor in _weights(s, O, "instruct"):
+    for factor in _weights(s, OUT, "instruct"):
         factor.copy_(factor.half())
 
 
@@ -207,7 +207,7 @@ def scale_negated(s):
 
 @fault(ADAPTERS, "missing here")
 def scale_zero_in_one_layer(s):
-    s.layer(O).scaling["style"] = 0.0
+    s.layer(OUT).scaling["style"] = 0.0
 
 
 @fault(ADAPTERS, "the scale of adapter style is off by 1.25×")

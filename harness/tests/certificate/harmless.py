@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from harness.tests.certificate.faults import O, Q, _each, _weights
+from harness.tests.certificate.faults import OUT, Q, _each, _weights
 
 HARMLESS: dict[str, Callable[[Any], None]] = {}
 
@@ -20,7 +20,7 @@ def ranks_permuted(s):
     import torch
 
     order = torch.tensor([2, 0, 3, 1])
-    for name, adapter in ((Q, "style"), (O, "instruct")):
+    for name, adapter in ((Q, "style"), (OUT, "instruct")):
         a, b = _weights(s, name, adapter)
         a.copy_(a[order])
         b.copy_(b[:, order])
@@ -28,7 +28,7 @@ def ranks_permuted(s):
 
 @harmless
 def power_of_two_moved_from_a_to_b(s):
-    for name in (Q, O):
+    for name in (Q, OUT):
         a, b = _weights(s, name, "style")
         a.mul_(4)
         b.div_(4)
