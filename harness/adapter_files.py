@@ -14,12 +14,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
-from harness.lora import LoraPair, lora_scale
 from harness.strict_json import read_json_object
 from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
+
+if TYPE_CHECKING:
+    from harness.lora import LoraPair
 
 __all__ = [
     "CONFIG_NAME",
@@ -114,6 +116,8 @@ class AdapterConfig:
 
     def scale_of(self, module: str) -> float:
         """`s` of *module*: `alpha/r`, or `alpha/√r` for rsLoRA."""
+        from harness.lora import lora_scale
+
         return lora_scale(
             alpha=self.alpha_of(module), rank=self.rank_of(module), rslora=self.rslora
         )
@@ -168,6 +172,8 @@ class AdapterFiles:
         entry = self.pairs.get(module)
         if entry is None:
             raise InputError(f"adapts no module {module!r}", where=self.folder)
+        from harness.lora import LoraPair
+
         return LoraPair(
             module=module,
             a=self.tensors.tensor(entry.a.name),

@@ -1,0 +1,195 @@
+"""The plugin, through pytester: options, fixtures, verdict table, snapshots, xdist."""
+
+import subprocess
+import sys
+
+import pytest
+
+GENERATION = """
+def test_completion_is_the_accepted_one(lora_completion, lora_snapshot):
+    assert lora_completion == lora_snapshot
+"""
+
+
+@pytest.fixture
+def stack_arguments(tiny):
+    return [
+        f"--style-adapter={tiny.adapters['style']}",
+        f"--instruct_adapter={tiny.adapters['instruct']}",
+        "--prompts=p.txt",
+        "--max-new-tokens=4",
+        "-p", "no:cacheprovider",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def project(pytester):
+    pytester.makefile(".txt", p="Hello\nHow are you?\n")
+    return pytester
+
+
+def test_modes_by_prompts_are_parametrised(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    result = project.runpytest_inprocess("--collect-only", "-q", *stack_arguments)
+    assert sum("test_completion_is" in line for line in result.outlines) == 8
+    result.stdout.fnmatch_lines(["*[[]stacked-prompt-2]"])
+
+
+def test_new_snapshot_fails_first_and_is_accepted_on_request(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    first = project.runpytest_inprocess(*stack_arguments)
+    first.assert_outcomes(failed=8)
+    first.stdout.fnmatch_lines(["*missing*", "next: *--snapshot-update"])
+    assert not (project.path / "snapshots").exists()
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments).assert_outcomes(passed=8)
+    assert len(list((project.path / "snapshots").rglob("*.toml"))) == 8
+    again = project.runpytest_inprocess(*stack_arguments)
+    again.assert_outcomes(passed=8)
+    again.stdout.fnmatch_lines(["*held*", "stacked * 2"])
+
+
+def test_update_of_some_cases_keeps_the_others(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
+    for selection in (["-k", "stacked"], ["-k", "prompt-1 and base"]):
+        project.runpytest_inprocess("--snapshot-update", *selection, *stack_arguments)
+    assert len(list((project.path / "snapshots").rglob("*.toml"))) == 8
+
+
+def test_changed_completion_shows_words_and_verdict(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
+    file = next((project.path / "snapshots").rglob("*prompt-1--stacked.toml"))
+    text = file.read_text()
+    tokens = next(line for line in text.splitlines() if line.startswith("completion = "))
+    file.write_text(text.replace(tokens, 'completion = "1 2 3 4"'))
+    unreadable = next((project.path / "snapshots").rglob("*prompt-1--base.toml"))
+    unreadable.write_text("<<<<<<< HEAD\n")
+    result = project.runpytest_inprocess(*stack_arguments)
+    result.assert_outcomes(failed=2, passed=6)
+    result.stdout.fnmatch_lines(["*token 1 is the first that differs: 1 accepted*"])
+    result.stdout.fnmatch_lines(["*unreadable: *line 1: a merge-conflict marker*"])
+    result.stdout.fnmatch_lines(["*held*changed*unreadable*"])
+    assert unreadable.read_text() == "<<<<<<< HEAD\n"
+
+
+def test_profile_keeps_snapshots_apart(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess("--snapshot-update", "--snapshot-profile=gpu", *stack_arguments)
+    assert len(list((project.path / "snapshots" / "gpu").rglob("*.toml"))) == 8
+
+
+def test_ini_twins_name_the_stack_and_the_command_line_wins(project, tiny):
+    project.makepyfile("def test_names(lora_stack): print([a.name for a in lora_stack.adapters])")
+    project.makeini(
+        f"[pytest]\nlora_adapter = one={tiny.adapters['style']}\n"
+        f"    two={tiny.adapters['instruct']}\nlora_modes = base,two\n"
+    )
+    from_ini = project.runpytest_inprocess("-s")
+    from_ini.stdout.fnmatch_lines(["lora-stack: *", "  modes base, two × *", "*['one', 'two']*"])
+    given = project.runpytest_inprocess(
+        "-s", f"--lora-model={tiny.adapters['style']}", "--modes=base"
+    )
+    given.stdout.fnmatch_lines(["*['lora']*"])
+
+
+def test_header_names_base_adapters_and_versions(project, stack_arguments):
+    project.makepyfile("def test_nothing(): pass")
+    result = project.runpytest_inprocess(*stack_arguments)
+    result.stdout.fnmatch_lines(
+        ["lora-stack: *base*adapter_config.json of style*", "  adapter style: *sha256 *",
+         "  modes base, style, instruct, stacked × 2 prompts*", "  torch *, transformers *, peft *"]
+    )  # fmt: skip
+
+
+def test_project_without_a_stack_hears_nothing(pytester):
+    pytester.makepyfile("def test_nothing(mode=1): pass")
+    result = pytester.runpytest_inprocess()
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("*lora-stack:*")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--style-adapter=x"], "*--style-adapter: needs --instruct-adapter*"),
+        (["--lora-model=./nowhere"], "*./nowhere: no such folder*"),
+        (["--preset=elegant_stile"], "*did you mean elegant_style*"),
+        (["--max-new-tokens=0"], "*not 1 or more*"),
+    ],
+)
+def test_bad_options_are_a_usage_error(pytester, arguments, complaint):
+    pytester.makepyfile("def test_nothing(): pass")
+    result = pytester.runpytest_subprocess(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([complaint])
+    assert "Traceback" not in result.stderr.str()
+
+
+def test_absent_device_that_was_asked_for_is_an_error_not_a_skip(project, stack_arguments):
+    project.makepyfile("def test_engine(lora_engine): pass")
+    result = project.runpytest_inprocess("--device=cuda:99", *stack_arguments)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*cuda:99 was asked for*"])
+
+
+def test_gpu_tests_skip_with_the_reason_or_fail_on_request(pytester, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pytester.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_gpu(): pass")
+    skipped = pytester.runpytest_inprocess("-rs", "-m", "gpu")
+    skipped.assert_outcomes(skipped=1)
+    skipped.stdout.fnmatch_lines(["*no CUDA device*"])
+    pytester.runpytest_inprocess("-m", "gpu", "--require-gpu").assert_outcomes(errors=1)
+
+
+def test_verdict_is_recorded_and_fails_with_its_remedy(project, stack_arguments):
+    project.makepyfile(
+        """
+        from harness import Outcome, Verdict
+        def test_judged(lora_mode, lora_judge):
+            outcome = Outcome.FAILED if lora_mode.name == "style" else Outcome.HELD
+            lora_judge(Verdict(name="v", outcome=outcome, evidence=("e",), remedy="mend it"))
+        """
+    )
+    result = project.runpytest_inprocess("--junitxml=junit.xml", *stack_arguments)
+    result.assert_outcomes(passed=3, failed=1)
+    result.stdout.fnmatch_lines(["*v: failed*", "*mend it*", "*held*failed*"])
+    junit = (project.path / "junit.xml").read_text()
+    assert '<property name="lora_mode" value="style" />' in junit
+    assert '<property name="lora_verdict" value="failed" />' in junit
+
+
+def test_workers_load_once_each_and_the_table_is_whole(project, stack_arguments):
+    project.makeconftest(
+        """
+        import os, pathlib, harness.engines
+        real = harness.engines.load_engine
+        def counted(*a, **k):
+            with open(pathlib.Path(__file__).parent / "loads", "a") as f: f.write("x")
+            return real(*a, **k)
+        harness.engines.load_engine = counted
+        """
+    )
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
+    (project.path / "loads").unlink()
+    result = project.runpytest_subprocess("-n", "2", *stack_arguments)
+    result.assert_outcomes(passed=8)
+    result.stdout.fnmatch_lines(["*modes × verdicts*", "stacked * 2"])
+    assert 1 <= len((project.path / "loads").read_text()) <= 2
+
+
+def test_collecting_imports_no_torch(request):
+    root = request.config.rootpath
+    code = (
+        "import sys, pytest\n"
+        "code = pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider'])\n"
+        "assert code == 0, code\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
