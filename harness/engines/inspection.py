@@ -176,18 +176,18 @@ def read_live(model: Any) -> LiveModel:
     modules: dict[str, nn.Module] = {}
     hooked: dict[str, tuple[str, ...]] = {}
     foreign: list[Foreign] = []
-    inside_lora: list[str] = []
+    inside_lora: set[str] = set()
     for name, module in bare.named_modules(remove_duplicate=False):
-        if any(name.startswith(prefix) for prefix in inside_lora):
+        if _within(name, inside_lora):
             continue
         found = tuple(_patches(module))
         if found:
             hooked[name] = found
         canonical = _WRAPPED.sub("", name)
         if _is_lora(module):
-            inside_lora += [
-                f"{name}.{child}." for child, _ in module.named_children() if child != "base_layer"
-            ] + [f"{name}.{child}" for child, _ in module.named_children() if child != "base_layer"]
+            inside_lora |= {
+                f"{name}.{child}" for child, _ in module.named_children() if child != "base_layer"
+            }
             if _kind(_innermost(module)) is None or type(module).__name__ == "ParamWrapper":
                 foreign.append(Foreign(name=canonical, kind=type(module).__name__))
             else:
@@ -196,7 +196,7 @@ def read_live(model: Any) -> LiveModel:
         if type(module).__module__.startswith("peft.") and canonical not in layers:
             if _acts(module):
                 foreign.append(Foreign(name=canonical, kind=type(module).__name__))
-            inside_lora += [f"{name}.modules_to_save", f"{name}.token_adapter"]
+            inside_lora |= {f"{name}.modules_to_save", f"{name}.token_adapter"}
             continue
         modules[canonical] = module
         kind = _kind(module)
@@ -216,6 +216,12 @@ def read_live(model: Any) -> LiveModel:
         foreign=tuple(foreign),
         adapters=tuple(dict.fromkeys(n for layer in layers.values() for n in layer.adapters)),
     )
+
+
+def _within(name: str, folders: set[str]) -> bool:
+    """Whether *name* is, or lies below, one of the dotted names in *folders*."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in folders for n in range(1, len(parts) + 1))
 
 
 def _refuse_quantised(bare: nn.Module) -> None:
@@ -314,10 +320,10 @@ def _live_adapter(module: Any, name: str, a: Tensor, b: Tensor) -> LiveAdapter:
 
 
 def _base_tensors(
-    named: Iterator[tuple[str, Tensor]], inside_lora: list[str]
+    named: Iterator[tuple[str, Tensor]], inside_lora: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in named:
-        if not any(name.startswith(prefix) for prefix in inside_lora):
+        if not _within(name, inside_lora):
             yield _WRAPPED.sub("", name), tensor.detach()
 
 
