@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
              "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
 }  # fmt: skip
+PROMPTS = ("The quick brown fox jumps over", "the lazy dog, and over again.")
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -82,53 +84,55 @@ def _timed(call: Callable[[], Any]) -> tuple[float, int, Any]:
     return seconds, peak[0] - start_bytes, result
 
 
-def measure(shape: str, ranks: tuple[int, int] = (16, 64)) -> dict[str, Any]:
-    """Seconds and bytes, by part, for a random stack of *shape* in bfloat16."""
+def measure(shape: str, *, ranks: tuple[int, int] = (16, 64), rounds: int = 3) -> dict[str, Any]:
+    """Median seconds and peak bytes, by part, for a random stack of *shape* in bfloat16."""
     import torch
 
     with tempfile.TemporaryDirectory(prefix="lora-stack-") as scratch:
         stack = _write(Path(scratch), shape, ranks)
-        files = [f for f in Path(scratch).rglob("*.safetensors")]
+        files = list(Path(scratch).rglob("*.safetensors"))
+        sizes = [file.stat().st_size for file in files]
         with harness.load_engine(stack, device="cpu") as engine, engine.mode("stacked") as model:
-            rows = [torch.tensor([engine.tokenizer(text)["input_ids"]]) for text in
-                    ("The quick brown fox jumps over", "the lazy dog, and over again.")]  # fmt: skip
+            encoded = engine.tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
 
             def forward() -> None:
                 with torch.no_grad():
-                    for row in rows:
-                        model(input_ids=row, use_cache=False)
+                    model(**encoded, use_cache=False)
 
             def read() -> int:
                 return sum(len(chunk) for file in files for chunk in _chunks(file))
 
-            forward()  # first touch of the mapped weights
-            forward_seconds, _, _ = _timed(forward)
-            read_seconds, _, read_bytes = _timed(read)
-
             def certify(whole: bool) -> Any:
                 return harness.certify_stack(
-                    model, stack, tokenizer=engine.tokenizer, end_to_end=whole
+                    model, stack, tokenizer=engine.tokenizer, prompts=PROMPTS, end_to_end=whole
                 )
 
-            modules_seconds, modules_bytes, certificate = _timed(lambda: certify(False))
-            whole_seconds, whole_bytes, whole = _timed(lambda: certify(True))
+            parts: dict[str, Callable[[], Any]] = {
+                "forward": forward,
+                "read": read,
+                "without_end_to_end": lambda: certify(False),
+                "whole": lambda: certify(True),
+            }
+            forward()  # first touch of the mapped weights
+            seconds: dict[str, list[float]] = {part: [] for part in parts}
+            peaks = dict.fromkeys(parts, 0)
+            verdicts: set[str] = set()
+            for _ in range(rounds):  # interleaved, so that a busy machine slows all alike
+                for part, call in parts.items():
+                    took, peak, result = _timed(call)
+                    seconds[part].append(took)
+                    peaks[part] = max(peaks[part], peak)
+                    if hasattr(result, "verdict"):
+                        verdicts.add(result.verdict.value)
     return {
         "shape": shape,
-        "files_bytes": read_bytes,
-        "tokens": int(sum(row.numel() for row in rows)),
-        "forward_seconds": round(forward_seconds, 3),
-        "read_seconds": round(read_seconds, 3),
-        "without_end_to_end": {
-            "seconds": round(modules_seconds, 3),
-            "peak_bytes": modules_bytes,
-            "verdict": certificate.verdict.value,
-        },
-        "whole": {
-            "seconds": round(whole_seconds, 3),
-            "peak_bytes": whole_bytes,
-            "verdict": whole.verdict.value,
-        },
-        "failed": [c.name for c in (*certificate.checks, *whole.checks) if not c.passed],
+        "files_bytes": sum(sizes),
+        "tokens": int(encoded["attention_mask"].sum()),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "median_seconds": {part: round(statistics.median(s), 3) for part, s in seconds.items()},
+        "peak_bytes_beyond_the_model": peaks,
+        "verdicts": sorted(verdicts),
     }
 
 

@@ -21,13 +21,14 @@ from harness.certificate.capture import Capture
 from harness.certificate.claim import Claim
 from harness.certificate.factors import aliases, check_factors
 from harness.certificate.layers import (
+    OFFLOADED,
     LayerFinding,
     WeightFinding,
     compare_tensor,
     examine_layer,
 )
 from harness.certificate.values import failed, held, listed
-from harness.engines.inspection import LiveModel
+from harness.engines.inspection import LiveLayer, LiveModel
 from harness.lora import LoraPair
 from harness.verdict import Outcome, Verdict
 
@@ -51,15 +52,12 @@ class FilesReport:
 def expected_in_weights(live: LiveModel, claim: Claim) -> dict[str, dict[str, float]]:
     """By layer, which adapters belong in the live weight itself, and how much of them.
 
-    In a plain model, all of the mode's. In a PEFT model, those that a layer lists as merged, and
-    those of the mode that are not loaded at all (merged before the others were loaded), unless
-    a stranger is active in their place (a flattened adapter).
+    In a plain model, all of the mode's. In a PEFT model, those that a layer lists as merged; and
+    those that the layer does not add, if its weight is not the base's (merged before the others
+    were loaded, or by hand). Not where a stranger acts in their place (a flattened adapter).
     """
     names = aliases(live, claim)
     back = {alias: name for name, alias in names.items()}
-    active = {name for layer in live.lora_layers.values() for name in layer.active
-              if name in layer.adapters}  # fmt: skip
-    strangers = active - set(back)
     expected: dict[str, dict[str, float]] = {}
     for module in claim.modules:
         layer = live.layers.get(module)
@@ -68,14 +66,23 @@ def expected_in_weights(live: LiveModel, claim: Claim) -> dict[str, dict[str, fl
             continue
         if not live.lora_layers:
             expected[module] = terms
+            continue
+        acting = set(layer.merged) or {part.name for part in layer.applied}
+        if acting - set(back):
+            expected[module] = terms if layer.merged else {}
         elif layer.merged:
-            expected[module] = {
-                n: w for n, w in terms.items()
-                if names.get(n) in layer.merged or strangers & set(layer.merged)
-            }  # fmt: skip
-        elif not strangers and live.adapters:
-            expected[module] = {n: w for n, w in terms.items() if n not in names}
+            expected[module] = {n: w for n, w in terms.items() if names.get(n) in acting}
+        else:
+            absent = {n: w for n, w in terms.items() if names.get(n) not in acting}
+            if absent and not _is_base(layer, claim):
+                expected[module] = absent
     return expected
+
+
+def _is_base(layer: LiveLayer, claim: Claim) -> bool:
+    """Whether the live weight is the file's, bit for bit."""
+    parts = claim.parts(f"{layer.name}.weight")
+    return bool(parts) and compare_tensor(layer.name, layer.weight, parts[0].stored).equal
 
 
 def check_files(live: LiveModel, claim: Claim, seen: Capture | None) -> FilesReport:
@@ -138,6 +145,14 @@ def _check_weights(
                 f"{worst.units:.2f} eps off (RMS of a row or column)"
             )
         return held(WEIGHTS, *lines)
+    away = [f for f in wrong if f.cause == OFFLOADED]
+    if len(away) == len(wrong):
+        return Verdict(
+            name=WEIGHTS,
+            outcome=Outcome.UNDECIDED,
+            evidence=(f"{len(away)} of {len(compared)} tensors are offloaded, the rest are right",),
+            remedy="load the model without offloading (more memory, or --device cpu) and certify",
+        )
     unmerged = [f for f in wrong if not any(in_weight.get(_module(f.name), {}).values())]
     plain = [f for f in compared if not any(in_weight.get(_module(f.name), {}).values())]
     wrong.sort(key=lambda f: natural_order(f.name))
@@ -192,10 +207,11 @@ def _check_outputs(
         module for module in claim.modules
         if claim.terms(module) and module not in {f.name for f in probed}
     ]  # fmt: skip
-    unit, row_unit = _units(probed)
+    measured_unit, measured_row = _units(probed)
+    unit, row_unit = max(measured_unit, _FLOOR), max(measured_row, 2 * _FLOOR)
     figures: dict[str, Any] = {
-        "rounding_unit": unit,
-        "rounding_unit_row": row_unit,
+        "rounding_unit": measured_unit,
+        "rounding_unit_row": measured_row,
         "layers": len(probed),
         "adapted": sum(f.adapted for f in probed),
     }
@@ -207,7 +223,7 @@ def _check_outputs(
         return Verdict(name=OUTPUTS, outcome=Outcome.UNDECIDED,
                        evidence=("no layer was called",)), figures  # fmt: skip
     dtype = str(probed[0].dtype).removeprefix("torch.")
-    measured = f"rounding of {dtype} measured here: {unit:.2g} eps of a layer's output"
+    measured = f"rounding of {dtype} measured here: {measured_unit:.2g} eps of a layer's output"
     if wrong or never:
         wrong.sort(key=lambda f: -(f.out or 0.0))
         lines = [
@@ -263,10 +279,10 @@ def _units(probed: Sequence[LayerFinding]) -> tuple[float, float]:
     if not pairs:
         pairs = [(f.out or 0.0, f.row or 0.0) for f in probed if f.out]
     if not pairs:
-        return _FLOOR, 2 * _FLOOR
+        return 0.0, 0.0
     unit = statistics.median(pair[0] for pair in pairs)
     row = statistics.median(pair[1] for pair in pairs)
-    return max(unit, _FLOOR), max(row, 2 * _FLOOR)
+    return unit, row
 
 
 def _off(finding: LayerFinding, claim: Claim, unit: float, row_unit: float) -> bool:

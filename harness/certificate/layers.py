@@ -20,8 +20,10 @@ from harness.certificate.diagnosis import Diagnosis, diagnose, fit, respond
 from harness.engines.inspection import LiveLayer
 from harness.lora import LoraPair
 
-__all__ = ["LayerFinding", "WeightFinding", "compare_tensor", "examine_layer"]
+__all__ = ["OFFLOADED", "LayerFinding", "WeightFinding", "compare_tensor", "examine_layer"]
 
+#: The cause of a weight that lies on no device here.
+OFFLOADED = "it is offloaded and not here to be compared"
 _BLOCK = 1 << 22  # elements of a weight in float64 at a time: 32 MiB
 _DIRECTIONS = 8  # random inputs that a wrong weight is read through
 Others = Callable[[str, LoraPair], Iterable[tuple[str, LoraPair]]]
@@ -100,7 +102,7 @@ def examine_layer(
     stored, live = parts[0].stored, layer.weight
     if stored.shape != live.shape or live.device.type == "meta":
         cause = (
-            "it is offloaded and not here to be compared"
+            OFFLOADED
             if live.device.type == "meta"
             else f"its shape is {list(live.shape)}, the file's {list(stored.shape)}"
         )
@@ -295,7 +297,7 @@ def compare_tensor(name: str, live: Tensor, stored: Tensor) -> WeightFinding:
         return WeightFinding(name=name, equal=cause is None, units=0.0, cause=cause)
 
     if live.device.type == "meta":
-        return finding("it is offloaded and not here to be compared")
+        return finding(OFFLOADED)
     if live.shape != stored.shape:
         return finding(f"its shape is {list(live.shape)}, the file's {list(stored.shape)}")
     wide = stored.reshape(-1, stored.shape[-1]) if stored.ndim > 1 else stored.reshape(1, -1)

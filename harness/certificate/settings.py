@@ -61,7 +61,7 @@ def check_settings(
     own = {} if config is None else config.to_dict()
     declared = isinstance(generation, GenerationSettings)
     verdicts = [
-        _eos(checkpoint, tokenizer, given, own, _vocabulary(live)),
+        _eos(checkpoint, tokenizer, given, own, _vocabulary(live), prompts),
         _padding(tokenizer, prompts, given, own, _vocabulary(live)),
         _decoding(given, own, declared),
         _length(live, tokenizer, prompts, given, own, generation is not None),
@@ -142,6 +142,7 @@ def _eos(
     given: Mapping[str, Any],
     own: Mapping[str, Any],
     vocabulary: int,
+    prompts: Sequence[Prompt | str],
 ) -> Verdict:
     effective = _ids(_effective("eos_token_id", given, own))
     declared, source = _declared_eos(checkpoint)
@@ -169,6 +170,12 @@ def _eos(
             f"the tokenizer's EOS is {tokenizer.eos_token!r} ({end}), generation stops at "
             f"{list(effective)} only: a chat turn never ends"
         )
+    turn = _end_of_turn(tokenizer, prompts)
+    if turn is not None and effective and turn not in effective:
+        faults.append(
+            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(turn)!r} "
+            f"({turn}), generation stops at {list(effective)} only"
+        )
     if tokenizer is not None and getattr(tokenizer, "all_special_ids", None):
         known = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
         plain = [n for n in effective if n not in known and n not in outside]
@@ -182,6 +189,25 @@ def _eos(
             f"(here: {sorted(set(declared) | set(_ids(end)))})",
         )
     return held(EOS, f"generation stops at {list(effective)}; config, {source} and tokenizer agree")
+
+
+def _end_of_turn(tokenizer: Any, prompts: Sequence[Prompt | str]) -> int | None:
+    """The special token that the template puts behind an assistant's words, if chat is used."""
+    chats = any(isinstance(prompt, Prompt) and prompt.messages for prompt in prompts)
+    if tokenizer is None or not chats or tokenizer.chat_template is None:
+        return None
+    answer = "lora"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    behind = text[text.rfind(answer) + len(answer) :]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return (
+        int(ids[0])
+        if ids
+        and ids[0]
+        in set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        else None
+    )
 
 
 def _padding(

@@ -52,7 +52,11 @@ def _active(
             name=ACTIVE, outcome=Outcome.SKIPPED, evidence=("a plain model: nothing to switch",)
         )
     wanted = Counter(names[n] for n in claim.mode.adapters if n in names)
-    faults: list[str] = []
+    faults = (
+        []
+        if applied_right
+        else [f"adapter {n!r} is not loaded" for n in claim.mode.adapters if n not in names]
+    )
     different = 0
     for name, layer in live.lora_layers.items():
         if layer.merged:

@@ -172,9 +172,10 @@ def _rebuilt(live: LiveModel, wanted: nn.Module | None, name: str) -> Tensor | N
 
 def check_hooks(live: LiveModel, rows: Sequence[Sequence[int]], seen: Capture | None) -> Verdict:
     """Foreign hooks and replaced forward methods, by what the logits are without them."""
-    if not live.hooked:
+    if not live.hooked and not live.hooked_wrappers:
         return held(HOOKS, "no module has a foreign hook or a replaced forward method")
     lines = [f"{name or 'the model'}: {', '.join(kinds)}" for name, kinds in live.hooked.items()]
+    lines += [f"{type(m).__name__}: a hook or patch on the wrapper" for m in live.hooked_wrappers]
     if seen is None:
         return Verdict(name=HOOKS, outcome=Outcome.UNDECIDED, evidence=tuple(lines))
     with _without(live):
@@ -199,8 +200,7 @@ def _without(live: LiveModel) -> Iterator[None]:
     modules = dict(live.bare.named_modules(remove_duplicate=False))
     kept: list[tuple[nn.Module, str, Any]] = []
     try:
-        for name in live.hooked:
-            module = modules[name]
+        for module in (*(modules[name] for name in live.hooked), *live.hooked_wrappers):
             for attribute in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks = getattr(module, attribute)
                 kept.append((module, attribute, hooks))

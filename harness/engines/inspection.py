@@ -131,6 +131,7 @@ class LiveModel:
     buffers: Mapping[str, Tensor]
     modules: Mapping[str, nn.Module]
     hooked: Mapping[str, tuple[str, ...]]
+    hooked_wrappers: tuple[nn.Module, ...]
     foreign: tuple[Foreign, ...]
     adapters: tuple[str, ...]
 
@@ -172,6 +173,7 @@ def read_live(model: Any) -> LiveModel:
     if not isinstance(bare, nn.Module):
         raise InputError(f"{type(model).__name__} holds no torch model", where="model")
     _refuse_quantised(bare)
+    wrappers = [m for m in _wrappers(model) if tuple(_patches(m))]
     layers: dict[str, LiveLayer] = {}
     modules: dict[str, nn.Module] = {}
     hooked: dict[str, tuple[str, ...]] = {}
@@ -213,9 +215,24 @@ def read_live(model: Any) -> LiveModel:
         buffers=dict(_base_tensors(bare.named_buffers(remove_duplicate=False), inside_lora)),
         modules=modules,
         hooked=hooked,
+        hooked_wrappers=tuple(wrappers),
         foreign=tuple(foreign),
         adapters=tuple(dict.fromkeys(n for layer in layers.values() for n in layer.adapters)),
     )
+
+
+def _wrappers(model: Any) -> Iterator[nn.Module]:
+    """What lies around the transformers model, outermost first."""
+    bare = bare_model(model)
+    while model is not bare:
+        yield model
+        names = {cls.__name__ for cls in type(model).__mro__}
+        if "PeftModel" in names:
+            model = model.base_model
+        elif "BaseTuner" in names:
+            model = model.model
+        else:
+            model = getattr(model, "_orig_mod", None) or model.module
 
 
 def _within(name: str, folders: set[str]) -> bool:

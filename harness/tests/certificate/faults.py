@@ -305,6 +305,18 @@ def attention_dropout_left_on(s):
     s.model.train()
 
 
+@fault(ADAPTERS, "instruct is not loaded here")
+def second_adapter_never_loaded(s):
+    s.model.delete_adapter("instruct")
+    s.model.base_model.set_adapter(["style"])
+
+
+@fault(OUTPUTS, "adapter instruct is missing here: style only")
+def second_adapter_deleted(s):
+    s.model.delete_adapter("instruct")
+    s.model.base_model.set_adapter(["style"])
+
+
 # --- computation ----------------------------------------------------------------------------------
 
 
@@ -316,6 +328,15 @@ def steering_hook(s):
 @fault(OUTPUTS, f"{UP}:")
 def hook_on_an_adapted_layer(s):
     s.layer(UP).register_forward_hook(lambda m, a, out: out * 1.001)
+
+
+@fault(HOOKS, "hook or patch on the wrapper")
+def hook_on_the_wrapper(s):
+    def twice(module, args, output):
+        output.logits = output.logits * 2
+        return output
+
+    s.model.register_forward_hook(twice)
 
 
 @fault(HOOKS, "forward method is replaced")
@@ -573,6 +594,15 @@ def eos_lost(s):
 
 @fault(EOS, "a chat turn never ends")
 def eos_without_the_end_of_turn(s):
+    s.generation |= {"eos_token_id": 256}
+
+
+@fault(EOS, "the chat template ends a turn with '<|im_end|>' (258)")
+def eos_without_the_template_s_end_of_turn(s):
+    from harness.completion import Message, Prompt
+
+    s.tokenizer.eos_token = "<|endoftext|>"
+    s.prompts = (Prompt(id="a", messages=(Message(role="user", content="Hello?"),)),)
     s.generation |= {"eos_token_id": 256}
 
 

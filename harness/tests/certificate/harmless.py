@@ -72,6 +72,16 @@ def style_merged_and_instruct_live(s):
 
 
 @harmless
+def merged_by_hand_under_disabled_adapters(s):
+    from harness.engines.inspection import read_live
+
+    for layer in read_live(s.model).lora_layers.values():
+        delta = sum(layer.outer.get_delta_weight(name) for name in layer.adapters)
+        layer.inner.weight.data += delta
+    s.model.base_model.disable_adapter_layers()
+
+
+@harmless
 def flattened_by_cat(s):
     s.model.add_weighted_adapter(["style", "instruct"], [1.0, 1.0], "both", combination_type="cat")
     s.model.set_adapter("both")

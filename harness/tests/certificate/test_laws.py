@@ -67,9 +67,7 @@ def test_zero_weight_or_zero_b_adds_nothing(drawn, by_weight):
     from harness.lora import apply_linear
 
     weight, pairs, x = drawn
-    nothing = [
-        (0.0, p) if by_weight else (w, dataclasses.replace(p, b=p.b * 0)) for w, p in pairs
-    ]
+    nothing = [(0.0, p) if by_weight else (w, dataclasses.replace(p, b=p.b * 0)) for w, p in pairs]
     close(apply_linear(x, weight, nothing), apply_linear(x, weight, []))
 
 

@@ -1,4 +1,4 @@
-"""Each row of the variant table in docs/certificate.md: additive and proven, or refused, and why."""
+"""Each row of the variant table in docs/certificate.md: additive and proven, or refused."""
 
 from __future__ import annotations
 
