@@ -20,7 +20,7 @@ from harness.certificate.capture import Capture, forward
 from harness.certificate.claim import Claim
 from harness.certificate.values import failed, held
 from harness.engines.inspection import LiveLayer, LiveModel
-from harness.lora import LoraPair, add_deltas
+from harness.lora import LoraPair, flatten_pairs
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["AGREEMENT", "EFFECT", "check_end_to_end"]
@@ -29,6 +29,7 @@ AGREEMENT = "live, flattened and merged logits"
 EFFECT = "each adapter's effect"
 _TOKENS = 16
 _NULLS = 4
+_NULL_RANK = 8  # enough directions for a norm to mean something; drawing more is what costs
 _TIMES = 4.0  # how far the live logits may be from the flattened ones, in units of the merged ones
 _FLOOR = 16.0  # eps of the logits' spread below which no difference is believed
 
@@ -130,17 +131,19 @@ def _base(layer: LiveLayer, claim: Claim, x: Tensor, weight: Tensor | None = Non
 
 def _flattened(claim: Claim, variants: Mapping[str, _Variant]) -> Replace:
     """Base plus one low-rank path a row, in float32, from the files."""
+    nulls = any(variant.replaced for variant in variants.values())
 
     def replace(layer: LiveLayer, x: Tensor, output: Tensor) -> Tensor:
         result = _base(layer, claim, x).float()
         for name, pair in claim.pairs(layer.name).items():
             own = _path(layer, pair, x)
+            norm = _norm(pair.a, pair.b) if nulls else 0.0
             for place, variant in enumerate(variants.values()):
                 weight = variant.weights.get(name, 0.0)
                 if not weight:
                     continue
                 if variant.replaced == name:
-                    null = _null(pair, variant.null)
+                    null = _null(pair, variant.null, norm)
                     result[place] += weight * _path(layer, null, x[place])
                 else:
                     result[place] += weight * own[place]
@@ -155,20 +158,21 @@ def _path(layer: LiveLayer, pair: LoraPair, x: Tensor) -> Tensor:
     return (inner @ b.T) * pair.scale
 
 
-def _null(pair: LoraPair, draw: int) -> LoraPair:
-    """Random factors whose product has the norm of the pair's."""
+def _null(pair: LoraPair, draw: int, norm: float) -> LoraPair:
+    """Random factors whose product has the norm of the pair's (and a rank of its or a few)."""
     seed = (sum(pair.module.encode()) * 1009 + draw * 7919 + pair.rank) % (1 << 31)
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(pair.a.shape, generator=generator)
-    b = torch.randn(pair.b.shape, generator=generator)
-    norm = _norm(pair.a.float(), pair.b.float())
+    rank = min(pair.rank, _NULL_RANK)
+    a = torch.randn((rank, pair.a.shape[1]), generator=generator)
+    b = torch.randn((pair.b.shape[0], rank), generator=generator)
     own = _norm(a, b)
     return LoraPair(module=pair.module, a=a, b=b * (norm / own if own else 0.0), scale=pair.scale)
 
 
 def _norm(a: Tensor, b: Tensor) -> float:
     """`‖B·A‖`, from the two Gram matrices."""
-    gram = (a.double() @ a.double().T) * (b.double().T @ b.double())
+    a, b = a.float(), b.float()
+    gram = ((a @ a.T) * (b.T @ b)).double()
     return math.sqrt(max(0.0, float(gram.sum())))
 
 
@@ -180,15 +184,20 @@ def _merged(claim: Claim) -> Replace:
         stored = claim.parts(f"{layer.name}.weight")[0].stored
         if not terms:
             return _base(layer, claim, x).to(output.dtype)
-        turned = [
-            (factor, LoraPair(module=p.module, a=p.a, b=p.b, scale=p.scale,
-                              transposed=layer.kind != "linear"))
-            for factor, p in terms
-        ]  # fmt: skip
-        weight = add_deltas(stored, turned, accumulate=torch.float32)
+        device = layer.weight.device
+        flat = flatten_pairs([(factor, _plain(pair)) for factor, pair in terms])
+        a, b = flat.a.to(device, torch.float32), flat.b.to(device, torch.float32)
+        if layer.kind != "linear":
+            a, b = b.T, a.T
+        weight = torch.addmm(stored.to(device, torch.float32), b, a)
         return _base(layer, claim, x, weight).to(output.dtype)
 
     return replace
+
+
+def _plain(pair: LoraPair) -> LoraPair:
+    """The pair without its mark of transposition: adapters of one layer may differ in it."""
+    return LoraPair(module=pair.module, a=pair.a, b=pair.b, scale=pair.scale)
 
 
 def _rms(difference: Tensor) -> float:

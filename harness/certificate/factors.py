@@ -9,6 +9,7 @@ bit is. Knows nothing of outputs or of base weights.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -121,7 +122,8 @@ def _layer_fault(
     for part in layer.applied:
         if part.extra is not None:
             return f"adapter {part.name} is more than s·B·A: {part.extra}"
-        if not bool(torch.isfinite(part.a).all()) or not bool(torch.isfinite(part.b).all()):
+        sums = [float(factor.sum(dtype=torch.float64)) for factor in (part.a, part.b)]
+        if not all(map(math.isfinite, sums)):
             return f"adapter {part.name} holds NaN or infinity"
     if _same_parts(layer, wanted, names):
         return None

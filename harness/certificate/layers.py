@@ -24,7 +24,8 @@ __all__ = ["OFFLOADED", "LayerFinding", "WeightFinding", "compare_tensor", "exam
 
 #: The cause of a weight that lies on no device here.
 OFFLOADED = "it is offloaded and not here to be compared"
-_BLOCK = 1 << 22  # elements of a weight in float64 at a time: 32 MiB
+_BLOCK = 1 << 18  # elements of a weight in float64 at a time: 2 MiB, which stays in the cache
+_UNADAPTED_ROWS = 8192  # output rows multiplied where no adapter acts; every row is compared
 _DIRECTIONS = 8  # random inputs that a wrong weight is read through
 Others = Callable[[str, LoraPair], Iterable[tuple[str, LoraPair]]]
 
@@ -143,7 +144,8 @@ def _scan(
     file = stored.T if flipped else stored
     out, width = live.shape
     wide = None if x is None else x.to(torch.float64)
-    reference = None if wide is None else wide.new_empty((wide.shape[0], out))
+    shown = out if pairs else min(out, _UNADAPTED_ROWS)
+    reference = None if wide is None else wide.new_empty((wide.shape[0], shown))
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn((_DIRECTIONS, width), generator=generator, dtype=torch.float64)
     directions = directions.to(device)
@@ -157,12 +159,15 @@ def _scan(
     for start in range(0, out, step):
         here = slice(start, min(start + step, out))
         cast = file[here].to(device).to(live.dtype)
-        block = cast.to(torch.float64)
-        if wide is not None and reference is not None:
-            reference[:, here] = wide @ block.T
-            square += float(block.square().sum())
         alike = same_bits(cast, live[here].to(device))
         equal = equal and alike
+        wanted = wide is not None and reference is not None and start < shown
+        if alike and not merged and not wanted:
+            continue
+        block = cast.to(torch.float64)
+        if wide is not None and reference is not None and wanted:
+            reference[:, here] = (wide @ block.T)[:, : shown - start]
+            square += float(block.square().sum())
         if alike and not merged:
             continue
         now = live[here].to(device, torch.float64)
@@ -342,8 +347,9 @@ def _outputs(
     reference, weight = scanned.reference, scanned.weight
     device = reference.device
     if layer.bias is not None:
-        reference = reference + layer.bias.to(device, torch.float64)
-    y = probe.y.to(device, torch.float64)
+        reference = reference + layer.bias.to(device, torch.float64)[: reference.shape[1]]
+    rows = reference.shape[1]
+    y = probe.y[:, :rows].to(device, torch.float64)
     responses = {name: respond(pair, x) for name, pair in pairs.items()}
     claimed = sum((weights[n] * responses[n] for n in pairs), torch.zeros_like(reference))
     error = y - reference - claimed
@@ -355,14 +361,12 @@ def _outputs(
     size = float((reference + claimed).square().mean().sqrt())
     if layer.kind != "embedding":
         # Where the products cancel, the output is smaller than what was rounded on the way.
-        size += (
-            float(x.double().norm()) * scanned.norm / math.sqrt(x.shape[0] * layer.weight.numel())
-        )
+        size += float(x.double().norm()) * scanned.norm / math.sqrt(x.shape[0] * rows * x.shape[1])
     size += sum(abs(weights[n]) * float(r.square().mean().sqrt()) for n, r in responses.items())
     unit = eps * max(size, 1e-300)
     base_error = None
     if probe.base_y is not None and weight.equal:
-        base_error = probe.base_y.to(device, torch.float64) - reference
+        base_error = probe.base_y[:, :rows].to(device, torch.float64) - reference
     out, row = _rms(error) / unit, _worst(error) / unit
     own = 0.3 if base_error is None else max(_rms(base_error) / unit, 0.05)
     found = fit(y - reference, responses, own * unit)
