@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness.errors import InputError
 
-__all__ = ["new_run_folder", "staged_folder", "write_bytes", "write_text"]
+__all__ = ["check_place", "new_run_folder", "staged_folder", "write_bytes", "write_text"]
 
 _PREFIX = ".staging-"
 _STALE_SECONDS = 24 * 3600.0
@@ -64,19 +64,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: *target* is a file, or a non-empty folder without *replace*, or its place
             cannot be written.
     """
-    if target.exists() and not target.is_dir():
-        raise InputError("is a file", where=target, remedy="name a folder")
-    if not replace and target.is_dir() and any(target.iterdir()):
-        raise InputError(
-            "is not empty", where=target, remedy="name a new folder, or pass --force to replace it"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        staged = target.parent / f"{_PREFIX}{secrets.token_hex(6)}"
-        staged.mkdir()
-    except OSError as error:
-        raise _unwritable(target, error) from error
+    staged = _fresh_beside(target, replace=replace)
     lock = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tells sweepers that the writer lives
@@ -91,6 +79,30 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         os.close(lock)
+
+
+def check_place(target: Path, *, replace: bool = False) -> None:
+    """Refuse, before any work, a *target* that `staged_folder` could not write; same errors."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    _fresh_beside(target, replace=replace).rmdir()
+    for folder in made:
+        with contextlib.suppress(OSError):  # somebody else has put something into it
+            folder.rmdir()
+
+
+def _fresh_beside(target: Path, *, replace: bool) -> Path:
+    if target.exists() and not target.is_dir():
+        raise InputError("is a file", where=target, remedy="name a folder")
+    if not replace and target.is_dir() and any(target.iterdir()):
+        raise InputError("is not empty", where=target, remedy="name a new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        staged = target.parent / f"{_PREFIX}{secrets.token_hex(6)}"
+        staged.mkdir()
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    return staged
 
 
 def new_run_folder(root: Path, moment: float | None = None) -> Path:

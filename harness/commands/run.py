@@ -43,14 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     from harness.report.run import as_json, write_run
     from harness.report.terminal import print_banner, print_report
     from harness.resolve import stack_from_options
-    from harness.staging import new_run_folder
+    from harness.staging import check_place, new_run_folder
 
     options = stack_options_of(arguments)
     stack = stack_from_options(options)
     preset = choose_preset(arguments, stack)
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("exists already", where=folder, remedy="name a new folder as --output")
+    check_place(folder)
     out = errors() if arguments.json else console()
     print_banner(out, stack, preset, embedded=not options.named)
     report = _generate(arguments, stack, preset, out)

@@ -93,3 +93,14 @@ def test_killed_writer_leaves_nothing_visible_and_is_swept(tmp_path):
 def test_run_folders_do_not_collide(tmp_path):
     assert len({new_run_folder(tmp_path, 0.0) for _ in range(50)}) == 50
     assert new_run_folder(tmp_path, 0.0).name.startswith("19700101T000000Z-")
+
+
+def test_place_is_checked_before_work_and_left_as_it_was(tmp_path):
+    from harness.staging import check_place
+
+    check_place(tmp_path / "new" / "out")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError):
+            check_place(bad)
