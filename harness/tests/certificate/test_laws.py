@@ -201,7 +201,7 @@ def _saved_stack(stack, folder):
     return resolve_stack(base_model=stack.base.path, adapters=adapters)
 
 
-@settings(few, max_examples=4)
+@settings(few, max_examples=2)
 @given(stacks)
 def test_drawn_stacks_are_certified_in_every_application(drawn):
     certify_every_application(drawn)
