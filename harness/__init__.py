@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         analyze_lora_weights,
         compare_lora_adapters,
     )
+    from harness.certificate import Certificate, certify_stack, check_training_stack
     from harness.completion import (
         Application,
         Completion,
@@ -40,6 +41,7 @@ _HOMES = {
     "AdapterStack": "harness.stack",
     "Application": "harness.completion",
     "Base": "harness.stack",
+    "Certificate": "harness.certificate",
     "Completion": "harness.completion",
     "Engine": "harness.completion",
     "GenerationSettings": "harness.completion",
@@ -57,6 +59,8 @@ _HOMES = {
     "UnifiedAnalyzer": "harness.analysis",
     "Verdict": "harness.verdict",
     "analyze_lora_weights": "harness.analysis",
+    "certify_stack": "harness.certificate",
+    "check_training_stack": "harness.certificate",
     "compare_lora_adapters": "harness.analysis",
     "flatten_adapters": "harness.merge",
     "load_engine": "harness.engines",
@@ -71,6 +75,7 @@ __all__ = [
     "AdapterStack",
     "Application",
     "Base",
+    "Certificate",
     "Completion",
     "Engine",
     "GenerationSettings",
@@ -88,6 +93,8 @@ __all__ = [
     "UnifiedAnalyzer",
     "Verdict",
     "analyze_lora_weights",
+    "certify_stack",
+    "check_training_stack",
     "compare_lora_adapters",
     "flatten_adapters",
     "load_engine",

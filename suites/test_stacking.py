@@ -77,3 +77,20 @@ def test_mode_leaves_no_trace_in_the_base(lora_engine, lora_stack, lora_mode, pr
             lora_engine.logits(prompt_ids, mode, application=application)
     after = lora_engine.logits(prompt_ids, base)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("application", [Application.LIVE, Application.MERGED])
+def test_stack_is_certified(lora_engine, lora_stack, lora_mode, lora_preset, application):
+    from harness import certify_stack
+
+    with lora_engine.mode(lora_mode, application) as model:
+        certificate = certify_stack(
+            model,
+            lora_stack,
+            mode=lora_mode,
+            tokenizer=lora_engine.tokenizer,
+            prompts=lora_preset.prompts[:4],
+            generation=lora_preset.settings,
+            end_to_end=application is Application.LIVE,
+        )
+    assert certificate.passed, certificate.explain()

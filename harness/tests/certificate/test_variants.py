@@ -1,0 +1,140 @@
+"""Each row of the variant table in docs/certificate.md: additive and proven, or refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from harness.tests.certificate.subject import load_live
+from harness.tests.certificate.variants import ADDITIVE, REFUSED, REFUSED_LIVE
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "certificate.md"
+
+
+def gpt2_base(folder):
+    """A tiny GPT-2 with the tiny tokenizer; its layers are Conv1D, weights as (in, out)."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from harness.testing import tiny
+
+    tiny.tiny_base(folder)
+    (folder / "model.safetensors").unlink()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128,
+            eos_token_id=258, bos_token_id=None, initializer_range=0.1,
+        )  # fmt: skip
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 256]}))
+    return folder
+
+
+def write_variant(folder, row):
+    """A stack of a plain adapter and one of the row's kind; also the bare base's folder."""
+    from harness import resolve_stack
+    from harness.testing.tiny import AdapterSpec, tiny_adapter, tiny_base
+
+    row = dict(row)
+    family, tied = row.pop("family", "qwen3"), row.pop("tied", False)
+    if family == "gpt2":
+        base = gpt2_base(folder / "base")
+        plain = AdapterSpec(targets=("c_attn",), options={"fan_in_fan_out": True})
+    else:
+        base = tiny_base(folder / "base", family, tie_word_embeddings=tied)
+        plain = AdapterSpec(targets=("q_proj", "v_proj"))
+    adapters = {
+        "style": tiny_adapter(folder / "style", base, plain, seed=1),
+        "variant": tiny_adapter(folder / "variant", base, AdapterSpec(**row), seed=2),
+    }
+    return resolve_stack(base_model=base, adapters=adapters)
+
+
+@pytest.mark.parametrize("row", list(ADDITIVE))
+def test_additive_variant_is_proven_and_a_wrong_one_is_caught(row, tmp_path):
+    import torch
+
+    subject = load_live(write_variant(tmp_path, ADDITIVE[row]))
+    certificate = subject.certify()
+    assert certificate.verdict == "held", certificate.explain()
+    # PEFT's own delta agrees with the files' in float32 rounding, module by module.
+    from harness.adapter_files import read_adapter
+
+    files = read_adapter(subject.stack.adapter("variant").path)
+    for module in files.pairs:
+        layer = subject.layer(module)
+        ours = files.pair(module).delta()
+        theirs = layer.get_delta_weight("variant").double()
+        assert float((ours - theirs).norm()) <= 1e-6 * float(ours.norm()), module
+    module = next(iter(files.pairs))
+    subject.layer(module).scaling["variant"] *= 1.05
+    wrong = subject.certify(end_to_end=False)
+    assert not wrong.check("adapters in memory").passed
+    assert not wrong.check("module outputs").passed
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in ADDITIVE if "tied" not in r and "embed" not in r and "experts" not in r]
+)
+def test_merge_of_an_additive_variant_is_certified(row, tmp_path):
+    subject = load_live(write_variant(tmp_path, ADDITIVE[row]))
+    subject.model = subject.model.merge_and_unload()
+    certificate = subject.certify()
+    assert certificate.verdict == "held", certificate.explain()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("row", ["embed_tokens, tied", "lm_head, tied"])
+def test_peft_merge_into_tied_embeddings_is_caught(row, tmp_path):
+    subject = load_live(write_variant(tmp_path, ADDITIVE[row]))
+    subject.model = subject.model.merge_and_unload()
+    assert not subject.certify().check("base weights").passed
+
+
+@pytest.mark.parametrize("row", list(REFUSED))
+def test_refused_variant_says_why(row, adapter_copy):
+    from harness import InputError, resolve_stack
+
+    keys, words = REFUSED[row]
+    folder = adapter_copy(**keys)
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        resolve_stack(adapters={"variant": folder})
+    assert caught.value.remedy
+
+
+def test_quantised_base_is_refused(subject):
+    import torch
+
+    from harness import InputError
+
+    linear = subject.layer("model.layers.0.mlp.up_proj").base_layer
+    linear.weight = torch.nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match="is quantised"):
+        subject.certify()
+
+
+def test_cat_of_rslora_adapters_is_said_to_be_overscaled(tmp_path):
+    from harness.testing.tiny import AdapterSpec
+    from harness.tests.certificate.subject import write_stack
+
+    spec = AdapterSpec(rank=9, alpha=9, rslora=True)
+    subject = load_live(write_stack(tmp_path, adapters={"style": spec, "instruct": spec}))
+    subject.model.add_weighted_adapter(
+        ["style", "instruct"], [1.0, 1.0], "both", combination_type="cat"
+    )
+    subject.model.set_adapter("both")
+    found = subject.certify().check("adapters in memory")
+    assert found.outcome == "failed"
+    assert "off by" in "\n".join(found.evidence)
+
+
+def test_table_in_the_document_has_a_row_for_each_test():
+    rows = re.findall(r"^\| ([^|]+?) \| (additive|refused|own oracle)", DOCUMENT.read_text(), re.M)
+    assert {row.replace("`", "") for row, _ in rows} == {*ADDITIVE, *REFUSED, *REFUSED_LIVE}
+    refused = {row.replace("`", "") for row, answer in rows if answer == "refused"}
+    assert refused == {*REFUSED, *REFUSED_LIVE}

@@ -1,0 +1,57 @@
+"""`lora-stack verify`: exit codes, and one JSON object alone on standard output."""
+
+import json
+import sys
+
+import pytest
+
+
+def run(arguments, capsys):
+    from harness.cli import main
+
+    code = main(arguments)
+    return code, capsys.readouterr().out
+
+
+@pytest.fixture
+def stack_arguments(written_stack, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one two\nthree\n")
+    arguments = ["--base_model", str(written_stack.base.path), "--prompts", str(prompts)]
+    for adapter in written_stack.adapters:
+        arguments += ["--adapter", f"{adapter.name}={adapter.path}"]
+    return arguments
+
+
+def test_sound_stack_exits_0_with_one_json_object(stack_arguments, capsys):
+    code, out = run(["verify", *stack_arguments, "--json"], capsys)
+    document = json.loads(out)
+    assert code == 0
+    assert document["verdict"] == "held"
+    assert set(document["checks"][0]) == {"name", "verdict", "evidence", "remedy"}
+    assert set(document["modes"]) == {"base", "style", "instruct", "stacked"}
+
+
+def test_failing_stack_exits_1_and_says_where(stack_arguments, capsys, written_stack, tmp_path):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(written_stack.base.path, base)
+    (base / "generation_config.json").write_text('{"eos_token_id": 5}')
+    stack_arguments[1] = str(base)
+    code, out = run(["verify", *stack_arguments, "--modes", "stacked"], capsys)
+    assert code == 1
+    assert "✗ EOS ids" in out
+    assert "→ set eos_token_id" in out
+
+
+def test_help_imports_no_torch():
+    import subprocess
+
+    script = (
+        "import sys\nfrom harness.cli import main\n"
+        "try:\n    main(['verify', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,66 @@
+"""Every LoRA variant that PEFT 0.21 can save, and what the certificate answers.
+
+Row ids are those of the table in docs/certificate.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: Rows that are additive and proven: options for the adapter, and for the base where it matters.
+ADDITIVE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"rslora": True},
+    "rank_pattern": {"options": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}}},
+    "alpha_pattern": {"options": {"alpha_pattern": {"v_proj": 3}}},
+    "rank_pattern, alpha_pattern and rslora": {
+        "rslora": True,
+        "options": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+    },
+    "different ranks and target modules": {"rank": 3, "targets": ("k_proj", "gate_proj")},
+    "all-linear": {"targets": "all-linear"},
+    "regular expression as target_modules": {"targets": r".*\.(q|v)_proj"},
+    "lm_head": {"targets": ("q_proj", "lm_head")},
+    "embed_tokens": {"targets": ("q_proj", "embed_tokens")},
+    "embed_tokens, tied": {"targets": ("q_proj", "embed_tokens"), "tied": True},
+    "lm_head, tied": {"targets": ("q_proj", "lm_head"), "tied": True},
+    "Conv1D (fan_in_fan_out)": {
+        "family": "gpt2", "targets": ("c_attn", "c_proj"), "options": {"fan_in_fan_out": True}
+    },
+    "layers_to_transform": {"options": {"layers_to_transform": [1], "layers_pattern": "layers"}},
+    "exclude_modules": {"targets": "all-linear", "options": {"exclude_modules": ["k_proj"]}},
+    "init_lora_weights: gaussian": {"options": {"init_lora_weights": "gaussian"}},
+    "init_lora_weights: orthogonal": {"options": {"init_lora_weights": "orthogonal"}},
+    "lora_dropout": {"options": {"lora_dropout": 0.1}},
+    "attention of a mixture of experts": {"family": "qwen3_moe", "targets": ("q_proj", "o_proj")},
+}  # fmt: skip
+
+#: Rows that are refused: keys of adapter_config.json, and words of the reason.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "its deltas do not add up"),
+    "lora_bias": ({"lora_bias": True}, "a bias that merging cannot hold"),
+    "bias: all": ({"bias": "all"}, "leak into other modes"),
+    "bias: lora_only": ({"bias": "lora_only"}, "leak into other modes"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "replaces whole base modules"),
+    "target_parameters (experts)": (
+        {"target_parameters": ["mlp.experts.gate_up_proj"]}, "parameters, not modules"
+    ),
+    "trainable_token_indices": ({"trainable_token_indices": [1, 2]}, "replaces embedding rows"),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "copied layers"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "switched on by the prompt's tokens"),
+    "init_lora_weights: pissa": ({"init_lora_weights": "pissa"}, "loading moves the base"),
+    "init_lora_weights: pissa_niter": (
+        {"init_lora_weights": "pissa_niter_4"}, "loading moves the base"
+    ),
+    "init_lora_weights: olora": ({"init_lora_weights": "olora"}, "loading moves the base"),
+    "init_lora_weights: corda": ({"init_lora_weights": "corda"}, "loading moves the base"),
+    "init_lora_weights: loftq": ({"init_lora_weights": "loftq"}, "loading moves the base"),
+    "init_lora_weights: lora_ga": ({"init_lora_weights": "lora_ga"}, "loading moves the base"),
+    "QALoRA": ({"use_qalora": True}, "pools its input"),
+    "BD-LoRA": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "block-diagonal"),
+    "Arrow": ({"arrow_config": {"top_k": 2}}, "routes between adapters"),
+    "Megatron": ({"megatron_config": {"x": 1}}, "code that the file names"),
+    "types other than LoRA": ({"peft_type": "IA3"}, "is not LORA"),
+}  # fmt: skip
+#: Refused when the model is read, not the folder.
+REFUSED_LIVE = ("quantised base",)
