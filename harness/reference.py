@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from harness.adapter_files import AdapterFiles, natural_order
+from harness.adapter_config import natural_order
+from harness.adapter_files import AdapterFiles
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
 from harness.stack import Mode

@@ -1,52 +1,28 @@
-"""From what a user gives to an `AdapterStack`: options, folders, hub ids, `stack.toml`.
+"""From what a user gives to an `AdapterStack`: options, names, `stack.toml`.
 
-The base is chosen by a fixed ladder, and the winner says why it won: option >
-`adapter_config.json` > `./Qwen3-8B-Base`. Every folder is checked before anything is loaded.
-Knows nothing of PEFT, torch or pytest.
+`harness.locating` finds the folders; here they are checked against each other before anything is
+loaded. Knows nothing of PEFT, torch or pytest.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.adapter_files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    AdapterFiles,
-    nested_adapter_hint,
-    read_adapter,
-)
+from harness.adapter_config import CONFIG_NAME
+from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, read_adapter
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.embedded import embedded_stack_file
 from harness.errors import InputError
-from harness.stack import (
-    Adapter,
-    AdapterStack,
-    Base,
-    Mode,
-    check_adapter_name,
-    default_modes,
-    parse_modes,
-)
+from harness.locating import choose_base, locate_adapters
+from harness.stack import AdapterStack, Base, Mode, default_modes, parse_modes
 from harness.strict_json import read_toml
 from harness.tensor_files import same_bytes
 
-__all__ = [
-    "DEFAULT_BASE",
-    "StackOptions",
-    "locate_adapter",
-    "locate_adapters",
-    "locate_base",
-    "resolve_stack",
-    "stack_from_options",
-]
+__all__ = ["StackOptions", "resolve_stack", "stack_from_options"]
 
-DEFAULT_BASE = "Qwen3-8B-Base"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _STACK_KEYS = frozenset({"name", "base", "preset", "adapters", "stops", "modes"})
 _STYLE, _INSTRUCT = "style", "instruct"
 
@@ -236,7 +212,7 @@ def resolve_stack(
                 where=adapter.path / CONFIG_NAME,
                 remedy="only plain LoRA and rsLoRA adapters are additive",
             )
-    base = _locate_base(base_model, base_option, found, files, here)
+    base = choose_base(base_model, base_option, found, files, here)
     checkpoint = read_checkpoint(base.path)
     for adapter_name, adapter_files in files.items():
         _check_shapes(adapter_name, adapter_files, checkpoint.places, base)
@@ -249,32 +225,6 @@ def resolve_stack(
         adapters=tuple(found),
         modes=chosen,
     )
-
-
-def locate_adapters(
-    adapters: Mapping[str, str | Path], *, folder: Path | None = None
-) -> list[Adapter]:
-    """Find named adapter folders; nothing in them is read.
-
-    Raises:
-        InputError: a name that cannot be used, a folder or hub id that cannot be had, two names
-            for one folder.
-    """
-    here = folder or Path.cwd()
-    found: list[Adapter] = []
-    for adapter_name, source in adapters.items():
-        check_adapter_name(adapter_name, where=f"adapter {adapter_name!r}")
-        adapter = locate_adapter(adapter_name, str(source), here)
-        for other in found:
-            if other.path == adapter.path:
-                raise InputError(
-                    f"{other.name!r} and {adapter_name!r} are the same folder",
-                    where=adapter.path,
-                    remedy="give each adapter its own; for a double weight use "
-                    f"--modes {other.name}*2",
-                )
-        found.append(adapter)
-    return found
 
 
 def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], base: Base) -> None:
@@ -320,169 +270,3 @@ def _check_base_copies(adapter: AdapterFiles, checkpoint: CheckpointFiles) -> No
             where=adapter.tensors.path,
             remedy="save the adapter again with save_pretrained(…, save_embedding_layers=False)",
         )
-
-
-def locate_adapter(name: str, source: str, here: Path) -> Adapter:
-    """The adapter folder that *source* names: a path (relative to *here*) or a hub id.
-
-    Raises:
-        InputError: no such folder or repository, or it holds no adapter config.
-    """
-    path = (here / Path(source).expanduser()).resolve()
-    if path.exists():
-        if path.is_file():
-            raise InputError(
-                "is a file, not an adapter folder",
-                where=source,
-                remedy=f"give {Path(source).parent}",
-            )
-        if not (path / CONFIG_NAME).exists():
-            raise InputError(
-                f"holds no {CONFIG_NAME}",
-                where=source,
-                remedy=nested_adapter_hint(Path(source) if not here else path)
-                or "give a folder written by PEFT's save_pretrained",
-            )
-        return Adapter(name=name, path=path, source=source)
-    local, revision = _from_hub(source, what=f"adapter {name!r}", patterns=["adapter_*"])
-    return Adapter(name=name, path=local, source=source, revision=revision)
-
-
-def _locate_base(
-    option: str | Path | None,
-    option_name: str,
-    adapters: Sequence[Adapter],
-    files: Mapping[str, AdapterFiles],
-    here: Path,
-) -> Base:
-    """The ladder: option > adapter_config.json > ./Qwen3-8B-Base."""
-    if option is not None:
-        return locate_base(str(option), option_name, here)
-    fallback = here / DEFAULT_BASE
-    claims = [(a, files[a.name].config) for a in adapters if files[a.name].config.base]
-    if not claims:
-        if fallback.is_dir():
-            why = "no option and no adapter names a base"
-            return Base(
-                path=fallback.resolve(), source=f"./{DEFAULT_BASE}", chosen_by=f"default: {why}"
-            )
-        raise InputError(
-            "no base is named, and ./Qwen3-8B-Base does not exist",
-            where="--base-model",
-            remedy="give --base-model PATH",
-        )
-    located: list[tuple[Adapter, Base]] = []
-    for adapter, config in claims:
-        assert config.base is not None
-        located.append((adapter, _claimed_base(adapter, config.base, config.base_revision, here)))
-    first_adapter, first = located[0]
-    for adapter, other in located[1:]:
-        if other.path != first.path:
-            raise InputError(
-                f"the adapters name different bases: {first_adapter.name} was trained on "
-                f"{first.source}, {adapter.name} on {other.source}",
-                where=adapter.path / CONFIG_NAME,
-                remedy="give the right one as --base-model",
-            )
-    return first
-
-
-def _claimed_base(adapter: Adapter, claim: str, revision: str | None, here: Path) -> Base:
-    chosen_by = f"{CONFIG_NAME} of {adapter.name}"
-    # A relative claim means a place beside the adapter, wherever the folders were copied to.
-    for root in (adapter.path, here):
-        path = (root / Path(claim).expanduser()).resolve()
-        if path.is_dir():
-            return Base(path=path, source=claim, chosen_by=chosen_by)
-    fallback = here / DEFAULT_BASE
-    if Path(claim).name == DEFAULT_BASE and fallback.is_dir():
-        return Base(
-            path=fallback.resolve(),
-            source=f"./{DEFAULT_BASE}",
-            chosen_by=f"{chosen_by} names {claim}, which is this folder's name",
-        )
-    if not _HUB_ID.fullmatch(claim) or claim.startswith("."):
-        raise InputError(
-            f"base_model_name_or_path {claim!r} is not here",
-            where=adapter.path / CONFIG_NAME,
-            remedy="give the base as --base-model",
-        )
-    source = f"{claim}@{revision}" if revision else claim
-    try:
-        return locate_base(source, chosen_by, here)
-    except InputError as error:
-        raise InputError(
-            f"base_model_name_or_path {claim!r}: {error.fault}",
-            where=adapter.path / CONFIG_NAME,
-            remedy="give the base as --base-model",
-        ) from error
-
-
-def locate_base(source: str, chosen_by: str, here: Path) -> Base:
-    """The base folder that *source* names: a path (relative to *here*) or a hub id.
-
-    Raises:
-        InputError: no such folder or repository.
-    """
-    path = (here / Path(source).expanduser()).resolve()
-    if path.exists():
-        return Base(path=path, source=source, chosen_by=chosen_by)
-    local, revision = _from_hub(source, what=chosen_by, patterns=None)
-    return Base(path=local, source=source, chosen_by=chosen_by, revision=revision)
-
-
-def _from_hub(source: str, *, what: str, patterns: list[str] | None) -> tuple[Path, str]:
-    """A local snapshot of a hub id, and its commit; the cache is asked before the network."""
-    if not _HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
-        near = _nearest(source)
-        raise InputError(
-            "no such folder",
-            where=source,
-            remedy=f"did you mean {near}?"
-            if near
-            else f"give {what} as an existing folder or a hub id (org/name@revision)",
-        )
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, _, revision = source.partition("@")
-    ignore = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.py"]
-    for cached_only in (True, False):
-        if not cached_only and constants.HF_HUB_OFFLINE:
-            break
-        try:
-            local = snapshot_download(
-                repo,
-                revision=revision or None,
-                allow_patterns=patterns,
-                ignore_patterns=ignore,
-                local_files_only=cached_only,
-            )
-            return Path(local), Path(local).name
-        except LocalEntryNotFoundError:
-            continue
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"cannot be had from the hub: {first_line}",
-                where=source,
-                remedy="check the id and revision, log in with: hf auth login, or give a folder",
-            ) from error
-    raise InputError(
-        "no such folder, and no such repository in the local hub cache"
-        + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "; the hub is out of reach"),
-        where=source,
-        remedy="check the spelling, or download it first with: hf download " + repo,
-    )
-
-
-def _nearest(source: str) -> str | None:
-    """The existing sibling whose name is nearest to a mistyped path's last part."""
-    import difflib
-
-    path = Path(source).expanduser()
-    if not path.parent.is_dir():
-        return None
-    names = [child.name for child in path.parent.iterdir() if child.is_dir()]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return str(path.parent / close[0]) if close else None

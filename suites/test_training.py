@@ -54,7 +54,8 @@ def test_only_the_last_adapter_moves(trained):
 
 
 def test_only_the_last_adapter_is_saved(trained):
-    from harness.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+    from harness.adapter_config import CONFIG_NAME
+    from harness.adapter_files import WEIGHTS_NAME, read_adapter
 
     assert {file.name for file in trained.folder.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
     moved = {name.split(".lora_")[0] for name in trained.moved}

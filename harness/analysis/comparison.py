@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.adapter_files import natural_order
+from harness.adapter_config import natural_order
 from harness.analysis.figures import (
     AdapterFigures,
     ModuleFigures,

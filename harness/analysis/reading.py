@@ -15,8 +15,8 @@ import torch
 
 from harness.adapter_files import AdapterFiles, read_adapter
 from harness.errors import InputError
+from harness.locating import locate_adapter
 from harness.lora import LoraPair
-from harness.resolve import locate_adapter
 
 __all__ = ["AnalysedAdapter", "AnalysedPair", "open_adapter", "open_adapters"]
 

@@ -15,7 +15,7 @@ from harness.analysis.figures import AdapterFigures, ModuleFigures, adapter_figu
 from harness.analysis.reading import AnalysedPair, open_adapter, open_adapters
 from harness.checkpoint_files import read_checkpoint
 from harness.errors import InputError
-from harness.resolve import locate_base
+from harness.locating import locate_base
 
 if TYPE_CHECKING:
     from harness.analysis.plots import Plot

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from harness.adapter_files import natural_order
+from harness.adapter_config import natural_order
 from harness.certificate.capture import Capture
 from harness.certificate.claim import Claim
 from harness.certificate.factors import aliases, check_factors

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.adapter_files import CONFIG_NAME, read_adapter
+from harness.adapter_config import CONFIG_NAME
+from harness.adapter_files import read_adapter
 from harness.certificate.claim import same_bits
 from harness.certificate.values import Certificate, failed, held, listed
 from harness.engines.inspection import LiveModel, read_live

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.adapter_files import CONFIG_NAME, WEIGHTS_NAME, natural_order
+from harness.adapter_config import CONFIG_NAME, natural_order
+from harness.adapter_files import WEIGHTS_NAME
 from harness.errors import InputError
+from harness.locating import locate_adapters
 from harness.merge.factors import (
     Source,
     Term,
@@ -34,7 +36,6 @@ from harness.merge.proof import ProofError, TensorLedger, Verify
 from harness.merge.report import MergeReport
 from harness.merge.storage import DTYPE_NAMES, RAW, decode, encode
 from harness.merge.strategies import thin_svd
-from harness.resolve import locate_adapters
 from harness.staging import staged_folder
 from harness.tensor_files import DTYPE_BYTES, read_tensor_file
 

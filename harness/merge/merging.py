@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from harness.adapter_config import CONFIG_NAME
+from harness.adapter_files import WEIGHTS_NAME
 from harness.checkpoint_files import INDEX_NAME, CheckpointFiles, read_checkpoint
 from harness.errors import HarnessError, InputError
 from harness.merge.factors import (

@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from harness.adapter_config import CONFIG_NAME
+from harness.adapter_files import WEIGHTS_NAME
 from harness.checkpoint_files import INDEX_NAME
 from harness.errors import HarnessError, InputError
 

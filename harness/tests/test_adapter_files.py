@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from harness.adapter_files import adapter_digest, natural_order, read_adapter
+from harness.adapter_config import natural_order
+from harness.adapter_files import adapter_digest, read_adapter
 from harness.errors import InputError
 from harness.testing import cases
 

@@ -7,13 +7,8 @@ they mean is known below.
 
 from __future__ import annotations
 
-import shlex
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,19 +16,14 @@ import pytest
 from harness.adapter_files import adapter_digest
 from harness.completion import Application, Completion, Prompt
 from harness.errors import InputError
-from harness.options import (
-    PROMPT_OPTIONS,
-    RUN_OPTIONS,
-    STACK_OPTIONS,
-    Option,
-    spellings,
-    stack_options,
-)
-from harness.preset import DEFAULT_PRESET, Preset, load_preset, load_prompts
+from harness.options import spellings
+from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
+from harness.plugin.summary import case_of, outcome_of, write_summary
+from harness.preset import Preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack, Mode
 from harness.terminal import shown
-from harness.verdict import Outcome, Verdict
+from harness.verdict import Verdict
 
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
@@ -49,61 +39,12 @@ _MARKERS = (
     "latency: measures time",
 )
 _TRAINABLE_BYTES = 1 << 30
-_DEST = "lora_stack_"
-_OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
-
-
-@dataclass(kw_only=True)
-class _Setting:
-    """What this session tests; resolved once, when first asked for."""
-
-    options: StackOptions
-    folder: Path
-    values: Mapping[str, Any]
-    asked_for: bool
-    _stack: AdapterStack | None = None
-    _preset: Preset | None = None
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    @property
-    def stack(self) -> AdapterStack:
-        if self._stack is None:
-            self._stack = stack_from_options(self.options, folder=self.folder)
-        return self._stack
-
-    @property
-    def preset(self) -> Preset:
-        if self._preset is None:
-            name, file = self.values.get("preset"), self.values.get("prompts")
-            if name and file:
-                raise InputError(
-                    "are both given", where="--preset and --prompts", remedy="give one of them"
-                )
-            chosen = (
-                load_prompts(self.folder / file)
-                if file
-                else load_preset(name or self.stack.preset or DEFAULT_PRESET)
-            )
-            self._preset = chosen.with_settings(
-                max_new_tokens=self.values.get("max_new_tokens"),
-                batch_size=self.values.get("batch_size"),
-            )
-        return self._preset
-
-
-_SETTING = pytest.StashKey[_Setting]()
-
-
-def _ini_name(option: Option) -> str:
-    """`--base-model` is `lora_base_model`; `--lora-model` stays `lora_model`."""
-    name = option.flag.removeprefix("--").replace("-", "_")
-    return name if name.startswith("lora_") else f"lora_{name}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lora-stack", "stacks of LoRA adapters")
-    for option in _OPTIONS:
-        arguments: dict[str, Any] = {"dest": _DEST + option.dest, "help": option.help}
+    for option in OPTIONS:
+        arguments: dict[str, Any] = {"dest": DEST + option.dest, "help": option.help}
         if option.is_flag:
             arguments |= {"action": "store_true", "default": None}
         else:
@@ -112,17 +53,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                 arguments["action"] = "append"
         group.addoption(*spellings(option.flag), **arguments)
         kind = "linelist" if option.repeated else "bool" if option.is_flag else "string"
-        parser.addini(_ini_name(option), f"as {option.flag}: {option.help}", type=kind)  # type: ignore[arg-type]
+        parser.addini(ini_name(option), f"as {option.flag}: {option.help}", type=kind)  # type: ignore[arg-type]
     group.addoption(
         "--require-gpu",
         action="store_true",
-        dest=_DEST + "require_gpu",
+        dest=DEST + "require_gpu",
         help="tests marked gpu fail without CUDA instead of being skipped",
     )
     group.addoption(
         "--snapshot-profile",
         metavar="NAME",
-        dest=_DEST + "profile",
+        dest=DEST + "profile",
         help="keep snapshots apart in snapshots/NAME/",
     )
     parser.addini("lora_snapshots", "the folder of accepted completions", default="snapshots")
@@ -131,8 +72,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
-    setting = _read_setting(config)
-    config.stash[_SETTING] = setting
+    setting = read_setting(config)
+    config.stash[SETTING] = setting
     if setting.asked_for and not config.option.help:
         # A stack that cannot be had is an error before any test is collected.
         try:
@@ -141,39 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(shown(str(error))) from None
 
 
-def _read_setting(config: pytest.Config) -> _Setting:
-    given = {o.dest: config.getoption(_DEST + o.dest) for o in _OPTIONS}
-    standing = {o.dest: config.getini(_ini_name(o)) or None for o in _OPTIONS}
-    stack_names = [o.dest for o in STACK_OPTIONS if o.dest != "modes"]
-    from_command_line = any(given[name] for name in stack_names)
-    source = given if from_command_line else standing
-    values = {name: standing[name] if value is None else value for name, value in given.items()}
-    for name in ("max_new_tokens", "batch_size"):
-        values[name] = _count(values[name], name)
-    modes = tuple(values["modes"] or ())
-    options = stack_options(SimpleNamespace(**{**source, "modes": modes}))
-    return _Setting(
-        options=options,
-        folder=config.invocation_params.dir if from_command_line else config.rootpath,
-        values=values,
-        asked_for=options.named or bool(modes) or any(given.values()),
-    )
-
-
-def _count(value: object, name: str) -> int | None:
-    if value is None:
-        return None
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise pytest.UsageError(f"--{name.replace('_', '-')}: {value!r} is not 1 or more")
-    return number
-
-
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
-    setting = config.stash[_SETTING]
+    setting = config.stash[SETTING]
     if not setting.asked_for:
         return None
     stack = setting.stack
@@ -206,7 +116,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode"}
     if not ours.intersection(names):
         return
-    setting = metafunc.config.stash[_SETTING]
+    setting = metafunc.config.stash[SETTING]
     try:
         stack, preset = setting.stack, setting.preset
     except InputError as error:
@@ -251,7 +161,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if torch.cuda.is_available():
         return
     reason = f"no CUDA device (torch {torch.__version__})"
-    if item.config.getoption(_DEST + "require_gpu"):
+    if item.config.getoption(DEST + "require_gpu"):
         pytest.fail(f"{reason}, and --require-gpu was given", pytrace=False)
     pytest.skip(reason)
 
@@ -259,13 +169,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def lora_stack(pytestconfig: pytest.Config) -> AdapterStack:
     """The stack under test."""
-    return pytestconfig.stash[_SETTING].stack
+    return pytestconfig.stash[SETTING].stack
 
 
 @pytest.fixture(scope="session")
 def lora_preset(pytestconfig: pytest.Config) -> Preset:
     """The preset under test, with `--max-new-tokens` and `--batch-size` applied."""
-    return pytestconfig.stash[_SETTING].preset
+    return pytestconfig.stash[SETTING].preset
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +183,7 @@ def lora_engine(pytestconfig: pytest.Config, lora_stack: AdapterStack) -> Iterat
     """The loaded stack; one load a session (a worker, under xdist)."""
     from harness.engines import load_engine
 
-    values = pytestconfig.stash[_SETTING].values
+    values = pytestconfig.stash[SETTING].values
     try:
         engine = load_engine(
             lora_stack,
@@ -361,7 +271,7 @@ def _lora_snapshot_extension(
     from harness.snapshot import snapshot_extension
 
     root = pytestconfig.rootpath / pytestconfig.getini("lora_snapshots")
-    profile = pytestconfig.getoption(_DEST + "profile")
+    profile = pytestconfig.getoption(DEST + "profile")
     base = lora_stack.base
     made_with = {
         "base": f"{base.source}@{base.revision}" if base.revision else base.path.name,
@@ -406,82 +316,12 @@ def lora_judge(request: pytest.FixtureRequest) -> Callable[[Verdict], None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     # User properties travel to JUnit, and from xdist's workers to the controller's summary.
-    if call.when == "call" and (parameters := _lora_parameters(item)):
+    if call.when == "call" and (parameters := case_of(item)):
         item.user_properties.extend(parameters.items())
         if not any(name == "lora_verdict" for name, _ in item.user_properties):
-            item.user_properties.append(("lora_verdict", _outcome(item, call).value))
+            item.user_properties.append(("lora_verdict", outcome_of(item, call).value))
     return (yield)
 
 
-def _lora_parameters(item: pytest.Item) -> dict[str, str]:
-    found: dict[str, str] = {}
-    callspec = getattr(item, "callspec", None)
-    for name, value in (callspec.params if callspec else {}).items():
-        if name in ("lora_mode", "lora_declared_mode"):
-            found["lora_mode"] = value.name
-        elif name == "lora_mode_pair":
-            found["lora_mode"] = value[1].name
-        elif name == "lora_prompt":
-            found["lora_prompt"] = value.id
-    return found
-
-
-def _outcome(item: pytest.Item, call: pytest.CallInfo[None]) -> Outcome:
-    if call.excinfo is None:
-        return Outcome.HELD
-    if call.excinfo.errisinstance(pytest.skip.Exception):
-        return Outcome.SKIPPED
-    snapshot = getattr(item, "funcargs", {}).get("lora_snapshot")
-    for result in snapshot.executions.values() if snapshot is not None else ():
-        if not result.success:
-            return _snapshot_outcome(result)
-    return Outcome.FAILED
-
-
-def _snapshot_outcome(result: Any) -> Outcome:
-    from harness.snapshot import differences, read_snapshot
-
-    if result.recalled_data is None:
-        return Outcome.MISSING
-    try:
-        accepted = read_snapshot(str(result.recalled_data), where=result.snapshot_location)
-    except InputError:
-        return Outcome.UNREADABLE
-    fresh = read_snapshot(str(result.asserted_data), where="the completion")
-    lines = differences(accepted, fresh)
-    incomparable = any(line.startswith("incomparable") for line in lines)
-    return Outcome.INCOMPARABLE if incomparable else Outcome.CHANGED
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    counts: dict[str, Counter[str]] = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            properties = dict(getattr(report, "user_properties", ()))
-            if getattr(report, "when", None) == "call" and "lora_mode" in properties:
-                row = counts.setdefault(properties["lora_mode"], Counter())
-                row[properties["lora_verdict"]] += 1
-    if not counts:
-        return
-    outcomes = [o.value for o in Outcome if any(row[o.value] for row in counts.values())]
-    terminalreporter.section("lora-stack: modes × verdicts")
-    order = [m.name for m in config.stash[_SETTING].stack.modes]
-    width = max(len(mode) for mode in counts)
-    terminalreporter.line(" " * width + "".join(f"{name:>14}" for name in outcomes))
-    for mode in sorted(counts, key=lambda m: order.index(m) if m in order else len(order)):
-        cells = "".join(f"{counts[mode][name] or '·':>14}" for name in outcomes)
-        terminalreporter.line(f"{mode:<{width}}{cells}")
-    for line in _next_commands(config, outcomes):
-        terminalreporter.line(line)
-
-
-def _next_commands(config: pytest.Config, outcomes: Sequence[str]) -> list[str]:
-    """The command to run next, for the worst there is."""
-    again = shlex.join(["pytest", *config.invocation_params.args])
-    if Outcome.UNREADABLE in outcomes:
-        return ["next: restore the unreadable snapshot files, then run again"]
-    if {Outcome.CHANGED, Outcome.MISSING, Outcome.INCOMPARABLE}.intersection(outcomes):
-        return [f"next: read the differences above; to accept them: {again} --snapshot-update"]
-    if Outcome.FAILED in outcomes:
-        return ["next: see what each mode says side by side: lora-stack run"]
-    return []
+    write_summary(terminalreporter, config)

@@ -1,0 +1,100 @@
+"""What a pytest session tests: command line over ini, resolved once, when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from harness.errors import InputError
+from harness.options import PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS, Option, stack_options
+from harness.preset import DEFAULT_PRESET, Preset, load_preset, load_prompts
+from harness.resolve import StackOptions, stack_from_options
+from harness.stack import AdapterStack
+
+__all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "ini_name", "read_setting"]
+
+#: What every option's destination starts with: pytest's namespace is shared by all plugins.
+DEST = "lora_stack_"
+OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What this session tests; resolved once, when first asked for."""
+
+    options: StackOptions
+    folder: Path
+    values: Mapping[str, Any]
+    asked_for: bool
+    _stack: AdapterStack | None = None
+    _preset: Preset | None = None
+
+    @property
+    def stack(self) -> AdapterStack:
+        if self._stack is None:
+            self._stack = stack_from_options(self.options, folder=self.folder)
+        return self._stack
+
+    @property
+    def preset(self) -> Preset:
+        if self._preset is None:
+            name, file = self.values.get("preset"), self.values.get("prompts")
+            if name and file:
+                raise InputError(
+                    "are both given", where="--preset and --prompts", remedy="give one of them"
+                )
+            chosen = (
+                load_prompts(self.folder / file)
+                if file
+                else load_preset(name or self.stack.preset or DEFAULT_PRESET)
+            )
+            self._preset = chosen.with_settings(
+                max_new_tokens=self.values.get("max_new_tokens"),
+                batch_size=self.values.get("batch_size"),
+            )
+        return self._preset
+
+
+SETTING = pytest.StashKey[Setting]()
+
+
+def ini_name(option: Option) -> str:
+    """`--base-model` is `lora_base_model`; `--lora-model` stays `lora_model`."""
+    name = option.flag.removeprefix("--").replace("-", "_")
+    return name if name.startswith("lora_") else f"lora_{name}"
+
+
+def read_setting(config: pytest.Config) -> Setting:
+    given = {o.dest: config.getoption(DEST + o.dest) for o in OPTIONS}
+    standing = {o.dest: config.getini(ini_name(o)) or None for o in OPTIONS}
+    stack_names = [o.dest for o in STACK_OPTIONS if o.dest != "modes"]
+    from_command_line = any(given[name] for name in stack_names)
+    source = given if from_command_line else standing
+    values = {name: standing[name] if value is None else value for name, value in given.items()}
+    for name in ("max_new_tokens", "batch_size"):
+        values[name] = _count(values[name], name)
+    modes = tuple(values["modes"] or ())
+    options = stack_options(SimpleNamespace(**{**source, "modes": modes}))
+    return Setting(
+        options=options,
+        folder=config.invocation_params.dir if from_command_line else config.rootpath,
+        values=values,
+        asked_for=options.named or bool(modes) or any(given.values()),
+    )
+
+
+def _count(value: object, name: str) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise pytest.UsageError(f"--{name.replace('_', '-')}: {value!r} is not 1 or more")
+    return number
