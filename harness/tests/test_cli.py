@@ -130,7 +130,9 @@ def test_fault_of_our_own_is_exit_code_3_without_a_traceback(capsys, monkeypatch
 
 def test_interrupted_run_ends_with_a_partial_report(tmp_path):
     code = (
-        "import sys, harness.cli, harness.engines.peft as p\n"
+        "import signal, sys, harness.cli, harness.engines.peft as p\n"
+        # A shell's background job inherits an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "real = p.PeftEngine.generate\n"
         "def generate(self, prompts, mode, *a, **k):\n"
         "    if mode.name == 'stacked': print('here', flush=True); import time; time.sleep(60)\n"
