@@ -68,10 +68,17 @@ def test_folder_is_laid_out_as_users_have_it():
 def test_one_command_rebuilds_it(tmp_path):
     script = embedded_folder() / "stages" / "train.py"
     subprocess.run([sys.executable, script, "--output", tmp_path / "new"], check=True, cwd=tmp_path)
-    for name in ("base/config.json", "stage2_instruct_new_adapter/adapter_model.safetensors"):
-        assert (tmp_path / "new" / name).is_file()
-    subprocess.run(
-        [sys.executable, "-m", "harness.cli", "run", "--preset", "held_out", "--stack",
-         tmp_path / "new" / "stack.toml", "--modes", "base,style,stacked"],
-        check=True, cwd=tmp_path,
+    (checkpoint,) = (tmp_path / "new" / "stage1_style_injection").iterdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "run", "--preset", "held_out", "--json",
+         "--style-adapter", checkpoint,
+         "--instruct-adapter", tmp_path / "new" / "stage2_instruct_new_adapter"],
+        check=True, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
+    rates = {
+        row["mode"]: row["stopped"] / row["completions"]
+        for row in json.loads(done.stdout)["summary"]
+    }
+    assert rates["base"] <= 0.02
+    assert rates["style"] <= 0.02
+    assert rates["stacked"] >= 0.98
