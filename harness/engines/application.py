@@ -9,6 +9,7 @@ parameters and puts the originals back. At rest every adapter is off. Knows noth
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from harness.adapter_files import AdapterFiles
 from harness.engines.loading import ActivationError, lora_layers
 from harness.errors import InputError
-from harness.lora import add_deltas
+from harness.lora import LoraPair, add_deltas
 from harness.stack import Mode
 
 __all__ = ["apply_live", "apply_merged", "check_active", "rest"]
@@ -122,7 +123,5 @@ def apply_merged(model: Any, mode: Mode, files: Mapping[str, AdapterFiles]) -> I
         rest(model)
 
 
-def _on(pair: Any, device: torch.device) -> Any:
-    import dataclasses
-
+def _on(pair: LoraPair, device: torch.device) -> LoraPair:
     return dataclasses.replace(pair, a=pair.a.to(device), b=pair.b.to(device))

@@ -1,7 +1,7 @@
 """Loading a stack with transformers and PEFT, and holding what was loaded against the files.
 
 The faults of the tools underneath are met here: PEFT loads an adapter with renamed or missing
-keys without an exception (https://github.com/huggingface/peft/issues/2115 names one case), so
+keys without an exception (https://github.com/huggingface/peft/pull/2118 says why), so
 every factor in memory is compared with the file's. Knows nothing of modes or generation.
 """
 
