@@ -1,77 +1,48 @@
-"""Drawing figures: the only room that knows matplotlib. Every plot comes as PNG and SVG.
+"""The plots of an analysis or a comparison.
 
-Colours are Okabe and Ito's eight, which colour-blind readers can tell apart, heat maps cividis or
-a blue–orange pair of it; an adapter keeps its colour and line style over all plots of a
-comparison. Works on figures; knows nothing of files or reports.
+Heat maps are cividis or a blue–orange pair of it; an adapter keeps its colour and line style over
+all plots of a comparison. Works on figures; knows nothing of files or reports.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
-from matplotlib.figure import Figure
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.figures import AdapterFigures, ModuleFigures
 from harness.analysis.overlap import PairFigures
+from harness.drawing import COLOURS, GREY, MISSING, SIGNED, STYLES, Figure, Plot, drawn, plain
 
-__all__ = ["Plot", "draw_analysis", "draw_comparison"]
+__all__ = ["draw_analysis", "draw_comparison"]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2, 2, 2)))
-_GREY = "#777777"
-_MISSING = "#dddddd"
-_SIGNED = LinearSegmentedColormap.from_list(
-    "blue-white-orange", ["#0072B2", "#9ecae8", "#f7f7f7", "#f2b48a", "#D55E00"]
-)
 _ANNOTATED = 80  # cells, at most, that carry their number
 _MOST_PAIRS = 6
-_SETTINGS: Any = {
-    "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "legend.frameon": False, "svg.fonttype": "path", "svg.hashsalt": "lora-stack",
-    "figure.facecolor": "white",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plot:
-    """One drawn plot: a slug for its file name, a title, a caption in words, and both forms."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-    svg: str
 
 
 def draw_analysis(figures: AdapterFigures) -> tuple[Plot, ...]:
     """All plots of one adapter."""
     name = figures.name
     return (
-        _plot("weight-histogram", f"Weights of {name}", "Density of the entries of A, B and ΔW "
+        drawn("weight-histogram", f"Weights of {name}", "Density of the entries of A, B and ΔW "
               "between their 0.2 % and 99.8 % quantiles." + _sampled(figures),
               lambda f: _weight_histogram(f, figures), (11, 3.6)),
-        _plot("weight-histogram-log", f"Sizes of the weights of {name}",
+        drawn("weight-histogram-log", f"Sizes of the weights of {name}",
               "Share of the entries by |x|, on a logarithmic scale; zeros are left out."
               + _sampled(figures), lambda f: _log_histogram(f, figures), (8, 4)),
-        _plot("layers", f"{name} by layer", "‖ΔW‖ of each module type, and the mean effective "
+        drawn("layers", f"{name} by layer", "‖ΔW‖ of each module type, and the mean effective "
               "rank with the rank that was trained.", lambda f: _layers(f, figures), (11, 4)),
-        _plot("heat-map", f"Where {name} changes the model", "Root mean square entry of ΔW by "
+        drawn("heat-map", f"Where {name} changes the model", "Root mean square entry of ΔW by "
               "layer and module type, on a logarithmic scale; grey: not adapted, or zero.",
               lambda f: _heat_map(f, figures), _map_size(figures.modules)),
-        _plot("spectra", f"Spectra of {name}", "Singular values of ΔW relative to the largest: "
+        drawn("spectra", f"Spectra of {name}", "Singular values of ΔW relative to the largest: "
               "the median over the layers, with their range shaded.",
               lambda f: _spectra(f, figures), (8, 4.4)),
     )  # fmt: skip
@@ -81,18 +52,18 @@ def draw_comparison(figures: ComparisonFigures) -> tuple[Plot, ...]:
     """All plots of a comparison; the maps of at most six pairs."""
     joined = " and ".join(figures.names)
     plots = [
-        _plot("adapters", f"{joined}: size", "‖ΔW‖ by module type, and by layer.",
+        drawn("adapters", f"{joined}: size", "‖ΔW‖ by module type, and by layer.",
               lambda f: _adapters(f, figures), (11, 4.2)),
-        _plot("distributions", f"{joined}: sizes of the entries of ΔW", "Share of the entries by "
+        drawn("distributions", f"{joined}: sizes of the entries of ΔW", "Share of the entries by "
               "|ΔW|, on a logarithmic scale." + "".join(_sampled(a) for a in figures.adapters[:1]),
               lambda f: _distributions(f, figures), (8, 4)),
-        _plot("compared-spectra", f"{joined}: spectra", "Singular values of ΔW, the median over "
+        drawn("compared-spectra", f"{joined}: spectra", "Singular values of ΔW, the median over "
               "the modules, and the energy in the first k directions.",
               lambda f: _compared_spectra(f, figures), (11, 4)),
-        _plot("overlap-matrix", f"{joined}: cosine and overlap", "Over all shared modules of each "
+        drawn("overlap-matrix", f"{joined}: cosine and overlap", "Over all shared modules of each "
               "pair: the cosine of the deltas, and the mean overlap of output and input spaces.",
               lambda f: _overlap_matrix(f, figures), (11, 1.4 + 0.9 * len(figures.names))),
-        _plot("merge-strategies", f"{joined}: merge strategies", "Distance of the merged ΔW from "
+        drawn("merge-strategies", f"{joined}: merge strategies", "Distance of the merged ΔW from "
               "the plain sum that the live stack applies, and how much of each adapter's energy "
               "is retained.", lambda f: _strategies(f, figures), (11, 4)),
     ]  # fmt: skip
@@ -106,40 +77,17 @@ def draw_comparison(figures: ComparisonFigures) -> tuple[Plot, ...]:
 def _pair_plots(pair: AdapterPair, suffix: str) -> list[Plot]:
     title = f"{pair.first} and {pair.second}"
     return [
-        _plot(f"cosine-map{suffix}", f"{title}: cosine of ΔW", "By layer and module type; by "
+        drawn(f"cosine-map{suffix}", f"{title}: cosine of ΔW", "By layer and module type; by "
               "chance it would be within a few 1/√(out·in). Grey: not shared.",
               lambda f: _cosine_map(f, pair), _map_size(pair.modules)),
-        _plot(f"interference{suffix}", f"{title}: overlap and interference by layer",
+        drawn(f"interference{suffix}", f"{title}: overlap and interference by layer",
               "Solid: measured. Dotted: what random directions would give.",
               lambda f: _interference(f, pair), (11, 4)),
     ]  # fmt: skip
 
 
-def _plot(
-    name: str,
-    title: str,
-    caption: str,
-    draw: Callable[[Figure], None],
-    size: tuple[float, float],
-) -> Plot:
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure)
-        figure.suptitle(textwrap.fill(_text(title), int(size[0] * 9)), fontweight="bold")
-        png, svg = io.BytesIO(), io.StringIO()
-        figure.savefig(png, format="png", dpi=140, metadata={"Software": None})
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return Plot(name=name, title=title, caption=caption, png=png.getvalue(), svg=svg.getvalue())
-
-
-def _text(name: str) -> str:
-    """A name for matplotlib, which would take dollar signs for mathematics."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in name).replace("$", r"\$")
-
-
 def _short(name: str, width: int = 28) -> str:
-    name = _text(name)
+    name = plain(name)
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-width // 2 :]}"
 
 
@@ -157,7 +105,7 @@ _PARTS = (("a", "A"), ("b", "B"), ("delta", "ΔW"))
 
 
 def _weight_histogram(figure: Figure, figures: AdapterFigures) -> None:
-    for axes, (key, label), colour in zip(figure.subplots(1, 3), _PARTS, _COLOURS[:3], strict=True):
+    for axes, (key, label), colour in zip(figure.subplots(1, 3), _PARTS, COLOURS[:3], strict=True):
         counts = figures.counts[key]
         reach = max(abs(counts.quantile(0.002)), abs(counts.quantile(0.998))) or 1.0
         edges = np.linspace(-reach, reach, 81)
@@ -176,7 +124,7 @@ def _magnitude_edges(counts: Sequence[Any]) -> Any:
 def _log_histogram(figure: Figure, figures: AdapterFigures) -> None:
     axes = figure.subplots()
     edges = _magnitude_edges(list(figures.counts.values()))
-    for (key, label), colour, style in zip(_PARTS, _COLOURS, _STYLES, strict=False):
+    for (key, label), colour, style in zip(_PARTS, COLOURS, STYLES, strict=False):
         shares = figures.counts[key].magnitude_histogram(edges)
         axes.stairs(shares, edges, color=colour, linestyle=style, linewidth=1.8, label=label)
     axes.set(xscale="log", yscale="log", xlabel="|x|", ylabel="share of entries a step")
@@ -197,15 +145,15 @@ def _layers(figure: Figure, figures: AdapterFigures) -> None:
             if m.kind == kind and m.layer is not None:
                 totals[m.layer] = math.hypot(totals.get(m.layer, 0.0), m.norm_delta)
         left.plot(*zip(*sorted(totals.items()), strict=True), label=_short(kind),
-                  color=_COLOURS[number % 8], linestyle=_STYLES[number % 8],
+                  color=COLOURS[number % 8], linestyle=STYLES[number % 8],
                   marker="o" if len(totals) < 3 else None)  # fmt: skip
     if inside:
         figure.legend(loc="outside right center", fontsize=9)
     layers = sorted({m.layer for m in inside if m.layer is not None})
     means = [np.mean([m.effective_rank for m in inside if m.layer == n]) for n in layers]
     ranks = [np.mean([m.rank for m in inside if m.layer == n]) for n in layers]
-    right.bar(layers, ranks, color=_MISSING, label="rank trained")
-    right.bar(layers, means, color=_COLOURS[0], label="effective rank")
+    right.bar(layers, ranks, color=MISSING, label="rank trained")
+    right.bar(layers, means, color=COLOURS[0], label="effective rank")
     right.set_ylim(top=max(ranks, default=1.0) * 1.3)
     right.legend(ncols=2, loc="upper right")
     left.set(xlabel="layer", ylabel="‖ΔW‖", title="size")
@@ -242,7 +190,7 @@ def _draw_map(
     cmap: Any,
 ) -> None:  # fmt: skip
     axes = figure.subplots()
-    colours = (mpl.colormaps[cmap] if isinstance(cmap, str) else cmap).with_extremes(bad=_MISSING)
+    colours = (mpl.colormaps[cmap] if isinstance(cmap, str) else cmap).with_extremes(bad=MISSING)
     image = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=colours, norm=norm)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -271,7 +219,7 @@ def _heat_map(figure: Figure, figures: AdapterFigures) -> None:
 def _cosine_map(figure: Figure, pair: AdapterPair) -> None:
     grid, kinds, layers = _grid(pair.modules, lambda m: m.cosine)
     reach = max(0.01, float(np.nanmax(np.abs(grid))))
-    _draw_map(figure, grid, kinds, layers, "cosine", Normalize(-reach, reach), _SIGNED)
+    _draw_map(figure, grid, kinds, layers, "cosine", Normalize(-reach, reach), SIGNED)
 
 
 def _relative_spectra(modules: Sequence[ModuleFigures]) -> Any:
@@ -293,8 +241,8 @@ def _spectra(figure: Figure, figures: AdapterFigures) -> None:
         places = np.arange(1, table.shape[1] + 1)
         middle = np.nanmedian(table, axis=0)
         lowest = min(lowest, float(middle.min()))
-        colour = _COLOURS[number % 8]
-        axes.plot(places, middle, color=colour, linestyle=_STYLES[number % 8], label=_short(kind),
+        colour = COLOURS[number % 8]
+        axes.plot(places, middle, color=colour, linestyle=STYLES[number % 8], label=_short(kind),
                   marker="o" if len(places) < 12 else None, markersize=3)  # fmt: skip
         axes.fill_between(places, np.nanmin(table, axis=0), np.nanmax(table, axis=0),
                           color=colour, alpha=0.07, linewidth=0)  # fmt: skip
@@ -310,13 +258,13 @@ def _adapters(figure: Figure, figures: ComparisonFigures) -> None:
     kinds = list(dict.fromkeys(g.name for a in figures.adapters for g in a.kinds))
     width = 0.8 / len(figures.adapters)
     for number, adapter in enumerate(figures.adapters):
-        look = {"color": _COLOURS[number % 8], "label": _short(adapter.name)}
+        look = {"color": COLOURS[number % 8], "label": _short(adapter.name)}
         norms = {group.name: group.norm_delta for group in adapter.kinds}
         places = np.arange(len(kinds)) + (number - (len(figures.adapters) - 1) / 2) * width
         left.bar(places, [norms.get(kind, 0.0) for kind in kinds], width * 0.94, **look)
         layers = [(int(g.name), g.norm_delta) for g in adapter.layers if g.name.isdigit()]
         if layers:
-            right.plot(*zip(*sorted(layers), strict=True), linestyle=_STYLES[number % 8], **look,
+            right.plot(*zip(*sorted(layers), strict=True), linestyle=STYLES[number % 8], **look,
                        marker="o" if len(layers) < 12 else None, markersize=4)  # fmt: skip
     left.set_xticks(range(len(kinds)), [_short(k, 18) for k in kinds], rotation=35, ha="right")
     left.set(ylabel="‖ΔW‖", title="by module type")
@@ -332,7 +280,7 @@ def _distributions(figure: Figure, figures: ComparisonFigures) -> None:
     edges = _magnitude_edges([adapter.counts["delta"] for adapter in figures.adapters])
     for number, adapter in enumerate(figures.adapters):
         shares = adapter.counts["delta"].magnitude_histogram(edges)
-        axes.stairs(shares, edges, color=_COLOURS[number % 8], linestyle=_STYLES[number % 8],
+        axes.stairs(shares, edges, color=COLOURS[number % 8], linestyle=STYLES[number % 8],
                     linewidth=1.8, label=_short(adapter.name))  # fmt: skip
     axes.set(xscale="log", xlabel="|ΔW|", ylabel="share of entries a step")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
@@ -346,7 +294,7 @@ def _compared_spectra(figure: Figure, figures: ComparisonFigures) -> None:
         if not table.size:
             continue
         look: dict[str, Any] = {
-            "color": _COLOURS[number % 8], "linestyle": _STYLES[number % 8],
+            "color": COLOURS[number % 8], "linestyle": STYLES[number % 8],
             "label": _short(adapter.name), "marker": "o" if table.shape[1] < 12 else None,
             "markersize": 4,
         }  # fmt: skip
@@ -381,7 +329,7 @@ def _overlap_matrix(figure: Figure, figures: ComparisonFigures) -> None:
         np.fill_diagonal(grid, 1.0)
         signed = field == "cosine"
         norm = Normalize(-1 if signed else 0, 1)
-        colours = (_SIGNED if signed else mpl.colormaps["cividis"]).with_extremes(bad=_MISSING)
+        colours = (SIGNED if signed else mpl.colormaps["cividis"]).with_extremes(bad=MISSING)
         axes.imshow(np.ma.masked_invalid(grid), cmap=colours, norm=norm, aspect="auto")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
@@ -401,7 +349,7 @@ def _strategies(figure: Figure, figures: ComparisonFigures) -> None:
     left, right = figure.subplots(1, 2)
     known = [s for s in figures.strategies if s.distance is not None][::-1]
     places = np.arange(len(known))
-    bars = left.barh(places, [s.distance or 0.0 for s in known], color=_GREY)
+    bars = left.barh(places, [s.distance or 0.0 for s in known], color=GREY)
     left.bar_label(bars, [f"{s.distance or 0.0:.2%}" for s in known], padding=3)
     left.xaxis.set_major_formatter(PercentFormatter(1))
     left.set(title="distance from the plain sum")
@@ -410,7 +358,7 @@ def _strategies(figure: Figure, figures: ComparisonFigures) -> None:
     for number, name in enumerate(figures.names):
         shift = ((len(figures.names) - 1) / 2 - number) * height
         right.barh(places + shift, [s.retained[name] or 0.0 for s in known], height * 0.92,
-                   color=_COLOURS[number % 8], label=_short(name))  # fmt: skip
+                   color=COLOURS[number % 8], label=_short(name))  # fmt: skip
     right.axvline(1, color="black", linewidth=0.8)
     right.xaxis.set_major_formatter(PercentFormatter(1))
     right.set(title="energy retained of each adapter")
@@ -430,11 +378,11 @@ def _interference(figure: Figure, pair: AdapterPair) -> None:
         (axes_interference, "interference", "interference"),
     )
     for number, (axes, field, label) in enumerate(lines):
-        look: dict[str, Any] = {"color": _COLOURS[number], "marker": "os^"[number],
+        look: dict[str, Any] = {"color": COLOURS[number], "marker": "os^"[number],
                                 "markersize": 4}  # fmt: skip
         axes.plot(places, [getattr(g, field) for g in groups], label=label, **look)
         axes.plot(places, [getattr(g, f"{field}_by_chance") for g in groups],
-                  color=_COLOURS[number], linestyle=":", label=f"{label}, by chance")  # fmt: skip
+                  color=COLOURS[number], linestyle=":", label=f"{label}, by chance")  # fmt: skip
     axes_overlap.set(title="subspace overlap", ylabel="‖U₁ᵀU₂‖²/min k")
     axes_interference.set(title="singular task interference", ylabel="over Σσ")
     for axes in (axes_overlap, axes_interference):

@@ -18,7 +18,7 @@ from harness.errors import InputError
 from harness.locating import locate_base
 
 if TYPE_CHECKING:
-    from harness.analysis.plots import Plot
+    from harness.drawing import Plot
 
 __all__ = ["PLOT_HINT", "analyze", "compare", "draw"]
 

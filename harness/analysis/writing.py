@@ -1,19 +1,15 @@
 """Figures as `analysis.json`, `report.md` and a self-contained `report.html`.
 
 The JSON's keys keep their order and hold no NaN; its schema is in docs/analysis.md. Names in
-adapters are foreign text: the HTML is escaped by jinja2, the Markdown here. Knows nothing of how
-the figures came about.
+adapters are foreign text, which `harness.page` escapes. Knows nothing of how the figures came
+about.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import functools
 import json
 import math
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +19,11 @@ from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.comparison_findings import comparison_findings
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.findings import Finding, adapter_findings
-from harness.errors import InputError
+from harness.page import cell, image_uri, render
 from harness.staging import staged_folder
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
-
-    from harness.analysis.plots import Plot
+    from harness.drawing import Plot
 
 __all__ = [
     "JSON_NAME",
@@ -145,7 +139,7 @@ def write_report(
         text = json.dumps(payload, ensure_ascii=False, indent=1, allow_nan=False)
         (staged / JSON_NAME).write_text(text + "\n", encoding="utf-8")
         for name in ("report.md", "report.html"):
-            rendered = _environment().get_template(f"{name}.jinja").render(view)
+            rendered = render(_TEMPLATES / f"{name}.jinja", **view)
             (staged / name).write_text(rendered, encoding="utf-8")
         if plots:
             (staged / "plots").mkdir()
@@ -153,25 +147,6 @@ def write_report(
             (staged / "plots" / f"{plot.name}.png").write_bytes(plot.png)
             (staged / "plots" / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
     return folder
-
-
-@functools.cache
-def _environment() -> Environment:
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise InputError(
-            "jinja2 is missing", where="the report", remedy="pip install jinja2"
-        ) from error
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=lambda name: bool(name) and ".html" in str(name),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"md": _markdown, "show": _shown}
-    return environment
 
 
 def _view(
@@ -194,7 +169,7 @@ def _view(
                 "name": plot.name,
                 "title": plot.title,
                 "caption": plot.caption,
-                "uri": "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode(),
+                "uri": image_uri(plot.svg),
             }
             for plot in plots
         ],
@@ -251,7 +226,7 @@ def summary_table(figures: Figures) -> tuple[tuple[str, ...], list[tuple[str, ..
         for pair in figures.pairs:
             for group in (pair.total, *pair.kinds) if pair.total else ():
                 name = f"{pair.first} / {pair.second}" if group is pair.total else group.name
-                rows.append((name, *(_shown(getattr(group, field), 3) for field in columns)))
+                rows.append((name, *(cell(getattr(group, field), 3) for field in columns)))
         return ("modules", *columns.values()), rows
     columns = {
         "norm_delta": "‖ΔW‖", "rms": "rms ΔW", "max_spectral_norm": "max σ₁",
@@ -261,7 +236,7 @@ def summary_table(figures: Figures) -> tuple[tuple[str, ...], list[tuple[str, ..
     if figures.total.relative_norm is not None:
         columns["relative_norm"] = "‖ΔW‖/‖W‖"
     rows += [
-        (whole.name, *(_shown(getattr(whole, field), 3) for field in columns))
+        (whole.name, *(cell(getattr(whole, field), 3) for field in columns))
         for whole in (figures.total, *figures.kinds)
     ]
     return ("modules", *columns.values()), rows
@@ -321,28 +296,3 @@ def _strategy_table(figures: ComparisonFigures) -> dict[str, Any]:
         "head": tuple(head),
         "rows": rows,
     }
-
-
-def _shown(value: Any, digits: int = 4) -> str:
-    """A cell: *digits* significant digits, thousands grouped, nothing for None."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return _inert(str(value))
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not math.isfinite(value):
-        return "–"
-    return "0" if value == 0 else f"{value:.{digits}g}"
-
-
-def _inert(text: str) -> str:
-    """Control and bidirectional characters replaced, on one line."""
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
-
-
-def _markdown(value: Any) -> str:
-    """A value as Markdown text on one line that cannot leave its cell."""
-    text = _shown(value) if not isinstance(value, str) else _inert(value)
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", text).replace("@", "@\u200b")

@@ -16,8 +16,8 @@ from typing import Any
 
 from harness.adapter_files import adapter_digest
 from harness.completion import Completion
+from harness.markdown import code_block, inline, table
 from harness.preset import Preset
-from harness.report.markdown import code_block, inline, table
 from harness.stack import AdapterStack
 from harness.staging import staged_folder
 from harness.textdiff import word_diff_line
