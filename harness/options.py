@@ -8,11 +8,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.resolve import StackOptions
 
+if TYPE_CHECKING:
+    from harness.preset import Preset
+    from harness.stack import AdapterStack
+
 __all__ = [
+    "APPLICATION_OPTION",
     "PROMPT_OPTIONS",
     "RUN_OPTIONS",
     "STACK_OPTIONS",
@@ -20,6 +25,7 @@ __all__ = [
     "add_option",
     "add_options",
     "add_stack_arguments",
+    "chosen_preset",
     "spellings",
     "stack_options",
     "with_dashes",
@@ -43,6 +49,8 @@ class Option:
     is_flag: bool = False
     type: type | None = None
     attribute: str | None = None
+    choices: tuple[str, ...] | None = None
+    default: str | None = None
 
     @property
     def dest(self) -> str:
@@ -92,6 +100,13 @@ RUN_OPTIONS: tuple[Option, ...] = (
     ),
 )
 
+APPLICATION_OPTION = Option(
+    flag="--application",
+    choices=("live", "merged"),
+    default="live",
+    help="how a mode is applied: PEFT's forward pass, or added into the weights",
+)
+
 
 def spellings(flag: str) -> tuple[str, ...]:
     """`--base-model` and `--base_model`."""
@@ -124,6 +139,7 @@ def add_options(parser: Any, options: tuple[Option, ...]) -> None:
             arguments["action"] = "store_true"
         else:
             arguments |= {"metavar": option.metavar, "type": option.type or str}
+            arguments |= {"choices": option.choices, "default": option.default}
             if option.repeated:
                 arguments |= {"action": "append", "default": []}
         add_option(parser, option.flag, **arguments)
@@ -142,3 +158,16 @@ def stack_options(namespace: Any) -> StackOptions:
         value = getattr(namespace, field.name, None)
         values[field.name] = tuple(value or ()) if isinstance(field.default, tuple) else value
     return StackOptions(**values)
+
+
+def chosen_preset(namespace: Any, stack: AdapterStack) -> Preset:
+    """The preset that the prompt options in an argparse namespace ask for."""
+    from harness.preset import choose_preset
+
+    return choose_preset(
+        namespace.preset,
+        namespace.prompts,
+        standing=stack.preset,
+        max_new_tokens=namespace.max_new_tokens,
+        batch_size=namespace.batch_size,
+    )

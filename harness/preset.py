@@ -19,7 +19,14 @@ from harness.embedded import embedded_folder
 from harness.errors import InputError
 from harness.strict_json import read_toml, regular_file
 
-__all__ = ["DEFAULT_PRESET", "Preset", "load_preset", "load_prompts", "preset_names"]
+__all__ = [
+    "choose_preset",
+    "DEFAULT_PRESET",
+    "Preset",
+    "load_preset",
+    "load_prompts",
+    "preset_names",
+]
 
 DEFAULT_PRESET = "elegant_style"
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -225,3 +232,27 @@ def _settings(raw: Any, path: Path) -> GenerationSettings:
     if settings.do_sample and settings.seed is None:
         raise InputError("do_sample needs a seed", where=where, remedy="add seed = 0")
     return settings
+
+
+def choose_preset(
+    name: str | None,
+    file: str | Path | None,
+    *,
+    standing: str | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+) -> Preset:
+    """The prompts in *file*, else the preset *name*, else the *standing* one, else the default.
+
+    Raises:
+        InputError: both are given; a count below 1; what `load_preset` and `load_prompts` refuse.
+    """
+    if name and file:
+        raise InputError(
+            "are both given", where="--preset and --prompts", remedy="give one of them"
+        )
+    for flag, value in (("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{value} is too small", where=flag, remedy="give 1 or more")
+    chosen = load_prompts(Path(file)) if file else load_preset(name or standing or DEFAULT_PRESET)
+    return chosen.with_settings(max_new_tokens=max_new_tokens, batch_size=batch_size)

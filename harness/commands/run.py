@@ -9,8 +9,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import InputError
-from harness.options import PROMPT_OPTIONS, add_option, add_options, add_stack_arguments
+from harness.options import (
+    APPLICATION_OPTION,
+    PROMPT_OPTIONS,
+    add_option,
+    add_options,
+    add_stack_arguments,
+    chosen_preset,
+)
 from harness.options import stack_options as stack_options_of
 from harness.terminal import console, errors
 
@@ -26,13 +32,7 @@ SUMMARY = "generate with every mode, show them side by side, judge stopping and 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stack_arguments(parser)
     add_options(parser.add_argument_group("the prompts"), PROMPT_OPTIONS)
-    add_option(
-        parser,
-        "--application",
-        choices=("live", "merged"),
-        default="live",
-        help="how a mode is applied: PEFT's forward pass, or added into the weights",
-    )
+    add_options(parser, (APPLICATION_OPTION,))
     add_option(parser, "--output", metavar="DIR", help="where the report goes (runs/<time>-<id>)")
     add_option(
         parser, "--json", action="store_true", help="one JSON object on standard output, no words"
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = stack_options_of(arguments)
     stack = stack_from_options(options)
-    preset = choose_preset(arguments, stack)
+    preset = chosen_preset(arguments, stack)
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
     check_place(folder)
     out = errors() if arguments.json else console()
@@ -63,31 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not report.complete:
         return 130
     return 0 if report.outcome.passed else 1
-
-
-def choose_preset(arguments: argparse.Namespace, stack: AdapterStack) -> Preset:
-    """`--prompts`, else `--preset`, else the stack's own preset, else the default one."""
-    from harness.preset import DEFAULT_PRESET, load_preset, load_prompts
-
-    if arguments.prompts and arguments.preset:
-        raise InputError(
-            "are both given", where="--preset and --prompts", remedy="give one of them"
-        )
-    if arguments.prompts:
-        preset = load_prompts(Path(arguments.prompts))
-    else:
-        preset = load_preset(arguments.preset or stack.preset or DEFAULT_PRESET)
-    for flag, least in (("max_new_tokens", 1), ("batch_size", 1)):
-        value = getattr(arguments, flag)
-        if value is not None and value < least:
-            raise InputError(
-                f"{value} is too small",
-                where=f"--{flag.replace('_', '-')}",
-                remedy="give 1 or more",
-            )
-    return preset.with_settings(
-        max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size
-    )
 
 
 def _generate(

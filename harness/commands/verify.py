@@ -7,8 +7,14 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.run import choose_preset
-from harness.options import PROMPT_OPTIONS, add_option, add_options, add_stack_arguments
+from harness.options import (
+    APPLICATION_OPTION,
+    PROMPT_OPTIONS,
+    add_option,
+    add_options,
+    add_stack_arguments,
+    chosen_preset,
+)
 from harness.options import stack_options as stack_options_of
 from harness.terminal import console, errors, shown
 
@@ -23,13 +29,7 @@ SUMMARY = "prove that the stack is applied as claimed: the certificate, mode by 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stack_arguments(parser)
     add_options(parser.add_argument_group("the prompts to probe with"), PROMPT_OPTIONS)
-    add_option(
-        parser,
-        "--application",
-        choices=("live", "merged"),
-        default="live",
-        help="how a mode is applied: PEFT's forward pass, or added into the weights",
-    )
+    add_options(parser, (APPLICATION_OPTION,))
     add_option(
         parser, "--json", action="store_true", help="one JSON object on standard output, no words"
     )
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = stack_options_of(arguments)
     stack = stack_from_options(options)
-    preset = choose_preset(arguments, stack)
+    preset = chosen_preset(arguments, stack)
     if not options.named:
         errors().print("no stack was named: this is the embedded tiny trained one")
     certificates = _certify(arguments, stack, preset)

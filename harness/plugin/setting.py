@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from harness.errors import InputError
 from harness.options import PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS, Option, stack_options
-from harness.preset import DEFAULT_PRESET, Preset, load_preset, load_prompts
+from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
 
@@ -43,17 +42,11 @@ class Setting:
     @property
     def preset(self) -> Preset:
         if self._preset is None:
-            name, file = self.values.get("preset"), self.values.get("prompts")
-            if name and file:
-                raise InputError(
-                    "are both given", where="--preset and --prompts", remedy="give one of them"
-                )
-            chosen = (
-                load_prompts(self.folder / file)
-                if file
-                else load_preset(name or self.stack.preset or DEFAULT_PRESET)
-            )
-            self._preset = chosen.with_settings(
+            file = self.values.get("prompts")
+            self._preset = choose_preset(
+                self.values.get("preset"),
+                self.folder / file if file else None,
+                standing=self.stack.preset,
                 max_new_tokens=self.values.get("max_new_tokens"),
                 batch_size=self.values.get("batch_size"),
             )
