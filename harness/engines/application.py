@@ -3,8 +3,8 @@
 PEFT's own switches go wrong silently: an unknown name in `set_adapter` is skipped, a doubled one
 is applied twice, `set_adapter` turns gradients on, `merge_adapter` and `unmerge_adapter` do not
 restore the base's bits. So the mode is set, then read back layer by layer; and a merged mode swaps
-parameters, a flattened one forward passes, and both put the originals back. At rest every adapter is
-off. Knows nothing of prompts.
+parameters, a flattened one forward passes, and both put the originals back. At rest every adapter
+is off. Knows nothing of prompts.
 """
 
 from __future__ import annotations
