@@ -22,6 +22,7 @@ from harness.pending.form import (
     read_details,
     read_header,
     text_field,
+    text_fields,
     to_json,
 )
 from harness.pending.values import Case
@@ -56,9 +57,13 @@ class Run:
 
     Attributes:
         conditions: as in `Side.conditions`; see `stack_conditions`.
+        modes: the stack's modes in their order, for whoever lists them.
+        written: when it was recorded, in seconds since 1970; set by reading.
     """
 
     conditions: Mapping[str, str]
+    modes: tuple[str, ...] = ()
+    written: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +105,9 @@ def stack_conditions(conditions: Mapping[str, str]) -> dict[str, str]:
 def record_run(root: Path, run: Run) -> None:
     """Say what the newest run tests; once a session, before its first `record_case`."""
     conditions = {str(key): str(value) for key, value in run.conditions.items()}
+    form = {"form": FORM, "conditions": conditions, "modes": list(run.modes)}
     with locked(root):
-        write_bytes(root / FOLDER / _RUN, to_json({"form": FORM, "conditions": conditions}) + b"\n")
+        write_bytes(root / FOLDER / _RUN, to_json(form) + b"\n")
 
 
 def record_case(root: Path, case: Case) -> Path:
@@ -222,7 +228,11 @@ def _run(path: Path) -> Run:
     conditions = raw.get("conditions")
     if raw.get("form") != FORM or not isinstance(conditions, dict):
         raise InputError("is no record of a run", where=path)
-    return Run(conditions={key: text_field(conditions, key, path) for key in conditions})
+    return Run(
+        conditions={key: text_field(conditions, key, path) for key in conditions},
+        modes=text_fields(raw, "modes", path),
+        written=path.stat().st_mtime,
+    )
 
 
 def _record(path: Path, folder: Path) -> Record:

@@ -22,7 +22,16 @@ from harness.strict_json import parse_json_object
 from harness.textdiff import Change, word_diff
 from harness.verdict import Outcome, Verdict
 
-__all__ = ["FORM", "Record", "case_form", "read_details", "read_header", "text_field", "to_json"]
+__all__ = [
+    "FORM",
+    "Record",
+    "case_form",
+    "read_details",
+    "read_header",
+    "text_field",
+    "text_fields",
+    "to_json",
+]
 
 FORM = 1
 #: Outcomes whose acceptance would change nothing: the text is kept, the tokens are not.
@@ -122,7 +131,7 @@ def read_header(line: bytes, *, path: Path, name: str, written: float) -> Record
         raise InputError(f"has form {raw.get('form')!r}, this version reads {FORM}", where=path)
     if raw.get("name") != name:
         raise InputError(f"is the record of {raw.get('name')!r}", where=path)
-    stops = _texts(raw, "stops", path)
+    stops = text_fields(raw, "stops", path)
     if len(stops) != 2:
         raise InputError("stops are not two", where=path)
     return Record(
@@ -132,7 +141,7 @@ def read_header(line: bytes, *, path: Path, name: str, written: float) -> Record
         prompt=text_field(raw, "prompt", path),
         mode=text_field(raw, "mode", path),
         outcome=_outcome(raw, path),
-        evidence=_texts(raw, "evidence", path),
+        evidence=text_fields(raw, "evidence", path),
         remedy=None if raw.get("remedy") is None else text_field(raw, "remedy", path),
         first=_index(raw, path),
         group=text_field(raw, "group", path),
@@ -202,19 +211,21 @@ def _change(case: Case) -> tuple[str, str]:
     if case.then is None or outcome in (Outcome.DRIFT, Outcome.INCOMPARABLE):
         what = (outcome.value, *_differing(case)) if case.then else (outcome.value,)
         return _digest(*what), ", ".join(what)
-    pieces = word_diff(case.then.text, case.now.text)
-    hunks = [
-        (piece.change.value, piece.text.strip()) for piece in pieces
-        if piece.change is not Change.KEPT
-    ]  # fmt: skip
+    hunks: list[str] = []
+    words = ""
+    for piece in word_diff(case.then.text, case.now.text):
+        if piece.change is Change.KEPT:
+            words += " … " if words else ""
+            continue
+        text = " ".join(piece.text.split())
+        hunks += [piece.change.value, text]
+        words += f"[-{text}-]" if piece.change is Change.REMOVED else f"{{+{text}+}}"
     stops = f"{case.then.stop_reason} → {case.now.stop_reason}"
-    marks = {Change.REMOVED.value: "[-{}-]", Change.ADDED.value: "{{+{}+}}"}
-    words = "".join(marks[change].format(text) for change, text in hunks)
     if case.then.stop_reason != case.now.stop_reason:
-        words = f"{words} stop: {stops}".strip()
-    words = " ".join(words.split()) or "same words, other tokens"
+        words += f" stop: {stops}"
+    words = words.removesuffix(" … ").strip() or "same words, other tokens"
     return (
-        _digest(outcome.value, stops, *(part for hunk in hunks for part in hunk)),
+        _digest(outcome.value, stops, *hunks),
         words if len(words) <= 300 else words[:300] + "…",
     )
 
@@ -313,7 +324,8 @@ def text_field(raw: Mapping[str, Any], key: str, path: Path) -> str:
     return value
 
 
-def _texts(raw: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+def text_fields(raw: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    """The texts under *key*; raises `InputError` where there is no list of them."""
     value = raw.get(key)
     if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
         raise InputError(f"{key} is no list of texts", where=path)

@@ -32,22 +32,39 @@ HOSTILE = (
 )
 
 
-def positions(text: str, *, step: float = 0.0) -> tuple[Position, ...]:
-    """A token a word and the EOS; log-probabilities move by *step* nats."""
+def positions(text: str, *, step: float = 0.0, rival: str = "") -> tuple[Position, ...]:
+    """A token a word and the EOS; log-probabilities move by *step* nats.
+
+    Args:
+        rival: the text whose words are the second best ones.
+    """
     found = []
-    for index, piece in enumerate([*re.findall(r"\s*\S+|\s+", text), "<|im_end|>"]):
-        best = -0.05 - 0.02 * (index % 7) - step
-        alternatives = [Alternative(token_id=100 + index, piece=piece, logprob=best)]
-        alternatives += [
-            Alternative(token_id=900 + n, piece=f" other{n}", logprob=best - 1.1 * n - 0.4)
-            for n in range(1, 5)
+    rivals = _pieces(rival)
+    for index, piece in enumerate(_pieces(text)):
+        best = -0.05 - 0.16 * (index * 5 % 7) - step
+        second = rivals[index] if index < len(rivals) and rivals[index] != piece else " some"
+        pieces = [piece, second, " more", "\n", "<b>"]
+        alternatives = [
+            Alternative(token_id=_token(each), piece=each, logprob=best - 0.9 * n - 0.1 * n * n)
+            for n, each in enumerate(dict.fromkeys(pieces))
         ]
         found.append(
             Position(
-                token_id=100 + index, piece=piece, logprob=best, alternatives=tuple(alternatives)
+                token_id=_token(piece),
+                piece=piece,
+                logprob=best,
+                alternatives=tuple(alternatives),
             )
         )
     return tuple(found)
+
+
+def _pieces(text: str) -> list[str]:
+    return [*re.findall(r"\s*\S+|\s+", text), "<|im_end|>"]
+
+
+def _token(piece: str) -> int:
+    return int(hashlib.sha256(piece.encode("utf-8", "surrogatepass")).hexdigest()[:4], 16)
 
 
 def side(
@@ -55,12 +72,13 @@ def side(
     *,
     stop_reason: str = "eos",
     step: float = 0.0,
+    rival: str = "",
     conditions: dict[str, str] | None = None,
 ) -> Side:
     return Side(
         text=text,
         stop_reason=stop_reason,
-        positions=positions(text, step=step),
+        positions=positions(text, step=step, rival=rival),
         conditions=CONDITIONS if conditions is None else conditions,
     )
 
@@ -84,11 +102,12 @@ def case(
     snapshot, evidence_file = Path(f"snapshots/{name}.toml"), Path(f"snapshots/{name}.json")
     if outcome in (Outcome.HELD, Outcome.DRIFT):
         now = then or now
-    old = None if then is None else side(then, conditions=then_conditions)
+    old = None if then is None else side(then, rival=now, conditions=then_conditions)
     new = side(
         now,
         stop_reason=stop_reason,
         step=0.3 if outcome is Outcome.DRIFT else 0.0,
+        rival=then or "",
         conditions=conditions,
     )
     accepted = {} if then is None else {snapshot: form(then), evidence_file: b"old evidence"}
@@ -104,7 +123,7 @@ def case(
             (
                 index
                 for index, (a, b) in enumerate(zip(old.positions, new.positions, strict=False))
-                if a.piece != b.piece
+                if a.token_id != b.token_id
             ),
             min(len(old.positions), len(new.positions)) - 1,
         )
@@ -163,5 +182,3 @@ def a_grid(root: Path) -> Path:
                 else case(prompt, mode, outcome, then=None, root=root)
             )
     return recorded(root, *cases)
-
-
