@@ -191,7 +191,7 @@ def _write(arguments: argparse.Namespace, records: Records, decided: Sequence[De
         write_text(Path(arguments.html), as_html(records))
     if not arguments.markdown:
         return
-    from harness.report.review_markdown import annotations, as_markdown
+    from harness.report.review_markdown import annotation_lines, as_markdown
 
     text = as_markdown(records)
     if arguments.markdown == "-":
@@ -202,7 +202,7 @@ def _write(arguments: argparse.Namespace, records: Records, decided: Sequence[De
         with Path(summary_file).open("a", encoding="utf-8") as file:
             file.write(text)
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in annotations(records):
+        for line in annotation_lines(records):
             print(line, file=sys.stderr)
 
 

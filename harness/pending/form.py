@@ -36,6 +36,12 @@ __all__ = [
 FORM = 1
 #: Outcomes whose acceptance would change nothing: the text is kept, the tokens are not.
 _LIGHT = frozenset({Outcome.HELD, Outcome.SKIPPED})
+#: What a group has in common where it is not words.
+_WORDED = {
+    Outcome.DRIFT: "the same tokens, with other probabilities",
+    Outcome.INCOMPARABLE: "made under other conditions",
+    Outcome.UNREADABLE: "what was accepted cannot be read",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,9 +214,11 @@ def _bounded(lines: Iterable[str], characters: int = 2_000, count: int = 40) -> 
 def _change(case: Case) -> tuple[str, str]:
     """What tells this change from others, as a digest, and in one line for people."""
     outcome = case.verdict.outcome
-    if case.then is None or outcome in (Outcome.DRIFT, Outcome.INCOMPARABLE):
-        what = (outcome.value, *_differing(case)) if case.then else (outcome.value,)
-        return _digest(*what), ", ".join(what)
+    if case.then is None or outcome in _WORDED:
+        differing = _differing(case) if outcome is Outcome.INCOMPARABLE else ()
+        words = _WORDED.get(outcome, "nothing is accepted yet")
+        words += f": {', '.join(differing)}" if differing else ""
+        return _digest(outcome.value, *differing), words
     hunks: list[str] = []
     words = ""
     for piece in word_diff(case.then.text, case.now.text):
@@ -231,11 +239,8 @@ def _change(case: Case) -> tuple[str, str]:
 
 
 def _differing(case: Case) -> tuple[str, ...]:
-    """The names of the conditions that differ, where that is what a group has in common."""
-    assert case.then is not None
-    if case.verdict.outcome is Outcome.DRIFT:
-        return ()
-    then, now = case.then.conditions, case.now.conditions
+    """The names of the conditions that are not the same then and now."""
+    then, now = case.then.conditions if case.then else {}, case.now.conditions
     return tuple(sorted(key for key in {*then, *now} if then.get(key) != now.get(key)))
 
 
