@@ -153,7 +153,7 @@ def read_header(line: bytes, *, path: Path, name: str, written: float) -> Record
         group=text_field(raw, "group", path),
         change=text_field(raw, "change", path),
         stops=(stops[0], stops[1]),
-        decision=text_field(raw, "decision", path),
+        decision=_decision(raw, path),
         details_sha256=text_field(raw, "details_sha256", path),
         path=path,
         written=written,
@@ -200,7 +200,7 @@ def read_details(line: bytes, record: Record) -> Case:
         )
     except KeyError as error:
         raise InputError(f"the field {error.args[0]!r} is missing", where=path) from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"a field is malformed: {error}", where=path) from error
 
 
@@ -342,6 +342,13 @@ def _outcome(raw: Mapping[str, Any], path: Path) -> Outcome:
         return Outcome(text_field(raw, "outcome", path))
     except ValueError as error:
         raise InputError(f"outcome is {raw['outcome']!r}", where=path) from error
+
+
+def _decision(raw: Mapping[str, Any], path: Path) -> str:
+    value = text_field(raw, "decision", path)
+    if value not in ("", "accepted", "rejected"):
+        raise InputError(f"decision is {value!r}", where=path)
+    return value
 
 
 def _index(raw: Mapping[str, Any], path: Path) -> int | None:
