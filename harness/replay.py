@@ -11,7 +11,7 @@ or pytest; torch comes with the first call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from harness.completion import Application, Completion, GenerationSettings, Prompt
@@ -33,12 +33,24 @@ class Replayed:
         kept: how many leading tokens of the draft are in the completion.
         generated: how many tokens were generated one by one.
         reason: why nothing was replayed; None where a draft was.
+        draft: the part of the draft that was tried.
+        draft_evidence: what the model thinks of the draft's tokens, all of them.
     """
 
     completion: Completion
     kept: int
     generated: int
     reason: str | None = None
+    draft: tuple[int, ...] = ()
+    draft_evidence: Evidence | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """How it was come by, in words."""
+        if self.reason is not None:
+            return f"generated ({self.reason})"
+        if self.generated:
+            return "replayed up to a difference, then generated"
+        return "replayed"
 
 
 def inexpressible(settings: GenerationSettings) -> str | None:
@@ -77,7 +89,7 @@ def complete(
     size = int(engine.model.get_input_embeddings().weight.shape[0])
     begun: dict[int, tuple[int, ...]] = {}  # place -> the beginning that greedy decoding gives
     kept: dict[int, int] = {}
-    evidence: dict[int, Evidence] = {}
+    drafted: dict[int, Evidence] = {}
     ids = [engine.token_ids(prompt) for prompt in prompts]
     rows: dict[int, ScoreRow] = {}
     if reason is None:
@@ -87,9 +99,8 @@ def complete(
                 rows[place] = row
         scored = _score(engine, list(rows.values()), chosen, application)
         for (place, row), found in zip(rows.items(), scored, strict=True):
+            drafted[place] = found
             begun[place], kept[place] = _agreeing(row.produced, found)
-            if kept[place] == len(row.produced):
-                evidence[place] = found
     done: dict[int, Completion] = {}
     for place, tokens in begun.items():
         if _ended(engine, ids[place], tokens, settings):
@@ -109,7 +120,7 @@ def complete(
             ),
             strict=True,
         )
-    whole = {p: found for p, found in evidence.items() if len(found) == len(done[p].token_ids)}
+    whole = {p: drafted[p] for p, row in rows.items() if row.produced == done[p].token_ids}
     done |= _with_evidence(engine, done, whole, chosen, application)
     return tuple(
         Replayed(
@@ -117,7 +128,9 @@ def complete(
             kept=kept.get(place, 0),
             generated=len(done[place].token_ids) - len(begun.get(place, ())) if place in missing
             else 0,
-            reason=None if place in rows else reason or "no draft",
+            reason=None if place in rows else reason or "nothing accepted to replay",
+            draft=rows[place].produced if place in rows else (),
+            draft_evidence=drafted.get(place),
         )
         for place in range(len(prompts))
     )  # fmt: skip

@@ -24,6 +24,7 @@ from harness.digests import combined_digest, text_digest
 from harness.errors import InputError
 from harness.evidence import Evidence, decode_evidence, encode_evidence
 from harness.snapshot_files import Pair, evidence_of, read_pair, write_pair
+from harness.terminal import shown
 
 __all__ = [
     "Found",
@@ -340,8 +341,10 @@ class SnapshotExtension(SingleFileSnapshotExtension):
     def diff_lines(self, serialized_data: Any, snapshot_data: Any) -> Iterator[str]:
         yield from self._lines(serialized_data, snapshot_data)
 
-    def _lines(self, serialized_data: StoredForm, snapshot_data: StoredForm) -> tuple[str, ...]:
+    def _lines(self, serialized_data: StoredForm, snapshot_data: str) -> tuple[str, ...]:
         assert serialized_data.snapshot is not None
+        if not isinstance(snapshot_data, StoredForm):  # syrupy's empty text: nothing is accepted
+            return ("missing: nothing is accepted yet; now:", shown(serialized_data.snapshot.text))
         assert snapshot_data.path is not None
         accepted = snapshot_data.fault or snapshot_data.snapshot
         return type(self).judge(snapshot_data.path, accepted, serialized_data.snapshot)
