@@ -1,0 +1,206 @@
+"""From figures to causes: why a mode does not end as declared, and which adapter is to blame.
+
+The rules, in order: what the files say; an adapter that does nothing; a turn's end that is no EOS;
+too little room; a loop; an adapter without which the mode stops; EOS that nobody taught. Pure but for
+`Experiment`, which asks the engine what it alone can tell. Knows nothing of reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.stopping.blame import AdapterEffect, Blame
+from harness.stopping.causes import Cause, CauseKind, Finding
+from harness.stopping.endings import EndSign
+from harness.stopping.figures import ModeFigures
+
+__all__ = ["Experiment", "diagnose", "static_causes"]
+
+#: Nats of log-odds below which an adapter is said not to move EOS.
+_MOVES = 1.0
+#: Share of completions from which a sign is a mode's, not a prompt's.
+_MANY = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """What is asked of the engine when a mode does not end as declared.
+
+    Attributes:
+        leave_out: adapter → figures of the mode without it, on the prompts at fault.
+        extend: figures of the same prompts with four times the room, or None without need.
+    """
+
+    leave_out: Callable[[str], ModeFigures]
+    extend: Callable[[], ModeFigures | None]
+
+
+def static_causes(findings: Sequence[Finding]) -> list[Cause]:
+    """The causes that failing static checks name."""
+    return [
+        Cause(
+            kind=finding.kind,
+            text="; ".join(finding.verdict.evidence),
+            remedy=finding.verdict.remedy or "see docs/stopping.md",
+        )
+        for finding in findings
+        if not finding.verdict.passed
+    ]
+
+
+def diagnose(
+    figures: ModeFigures,
+    blame: Blame | None,
+    experiment: Experiment | None,
+    files: Sequence[Cause] = (),
+) -> list[Cause]:
+    """Why *figures*' mode, which should stop, does not; at least one cause.
+
+    Args:
+        files: causes that the files named, which may be enough.
+    """
+    found: list[Cause] = []
+    effects = blame.adapters if blame else ()
+    found += [_inactive(figures, effect) for effect in effects if effect.largest == 0]
+    if _share(figures, EndSign.END_TOKEN) >= _MANY:
+        found.append(_end_token(figures))
+    room = _room(figures, experiment)
+    if room is not None:
+        return [*found, room]
+    looping = figures.loops >= _MANY * figures.total
+    stopped_without: dict[str, ModeFigures] = {}
+    if experiment is not None and not found:
+        names = [effect.adapter for effect in effects]
+        stopped_without = {name: experiment.leave_out(name) for name in names}
+    if looping:
+        found.append(_loop(figures, stopped_without, effects))
+    for effect in effects:
+        left = stopped_without.get(effect.adapter)
+        if left is not None and _mends(figures, left) and effect.effect < _MOVES:
+            found.append(_suppressed(figures, effect, left))
+    if not found and blame is not None and effects:
+        found.append(_not_learned(figures, blame))
+    if not found and not files:
+        found.append(
+            Cause(
+                kind=CauseKind.UNKNOWN,
+                mode=figures.mode,
+                text=f"{figures.stopped} of {figures.total} stopped; nothing here says why",
+                remedy="give a loaded stack, so that EOS can be traced and adapters left out",
+            )
+        )
+    return found
+
+
+def _share(figures: ModeFigures, sign: EndSign) -> float:
+    return figures.signs.get(sign.value, 0) / max(1, figures.total)
+
+
+def _mends(figures: ModeFigures, left: ModeFigures) -> bool:
+    """Whether most of the prompts at fault stop without the adapter."""
+    return left.total > 0 and left.stopped >= 0.5 * left.total
+
+
+def _inactive(figures: ModeFigures, effect: AdapterEffect) -> Cause:
+    return Cause(
+        kind=CauseKind.INACTIVE,
+        mode=figures.mode,
+        adapter=effect.adapter,
+        text=f"{effect.adapter} changes no logit at the natural end: with it and without it the "
+        "mode is the same",
+        remedy=f"run lora-stack verify: {effect.adapter} may be off, of weight 0, or saved before "
+        "it was trained (every lora_B zero)",
+    )
+
+
+def _end_token(figures: ModeFigures) -> Cause:
+    count = figures.signs[EndSign.END_TOKEN.value]
+    return Cause(
+        kind=CauseKind.EOS_LIST,
+        mode=figures.mode,
+        text=f"{count} of {figures.total} completions produce the token that ends a turn, and "
+        "generation goes on behind it",
+        remedy="name that token's id in generation_config.json's eos_token_id",
+    )
+
+
+def _room(figures: ModeFigures, experiment: Experiment | None) -> Cause | None:
+    open_ones = figures.undecided
+    longer = experiment.extend() if experiment is not None else None
+    if longer is not None and longer.total and longer.stopped >= 0.5 * longer.total:
+        text = (
+            f"{longer.stopped} of {longer.total} that max_new_tokens = {figures.max_new_tokens} "
+            f"cut off stop within {longer.max_new_tokens}"
+        )
+    elif longer is None and open_ones >= 0.5 * (figures.total - figures.stopped) > 0:
+        text = (
+            f"max_new_tokens = {figures.max_new_tokens} cuts {open_ones} of {figures.total} off "
+            "before a place where an answer could end"
+        )
+    else:
+        return None
+    return Cause(
+        kind=CauseKind.MAX_NEW_TOKENS,
+        mode=figures.mode,
+        text=text,
+        remedy="raise --max-new-tokens until answers end before it",
+    )
+
+
+def _loop(
+    figures: ModeFigures,
+    without: Mapping[str, ModeFigures],
+    effects: Sequence[AdapterEffect],
+) -> Cause:
+    loops = [ending.loop for ending in figures.endings if ending.loop]
+    periods = sorted({loop.period for loop in loops})
+    words = next((e.loop_text for e in figures.endings if e.loop and e.loop_text), "")
+    # The adapter without which fewest prompts loop, if that is a real difference.
+    ranked = sorted(without, key=lambda name: without[name].loops)
+    guilty = ranked[0] if ranked and without[ranked[0]].loops <= 0.25 * len(loops) else None
+    weight = next((e.weight for e in effects if e.adapter == guilty), 1.0)
+    text = (
+        f"{len(loops)} of {figures.total} completions end in a repetition loop, of period "
+        f"{', '.join(map(str, periods[:6]))} tokens" + (f", e.g. {words!r}" if words else "")
+    )
+    if guilty is not None:
+        left = without[guilty]
+        text += f"; without {guilty} {left.loops} of {left.total} do"
+    return Cause(
+        kind=CauseKind.LOOPS,
+        mode=figures.mode,
+        adapter=guilty,
+        text=text,
+        remedy=(
+            f"lower the weight of {guilty} (now {weight:g}), or look at its training"
+            if guilty
+            else "look at the adapters' weights; lora-stack stopping --sweep tries others"
+        ),
+    )
+
+
+def _suppressed(figures: ModeFigures, effect: AdapterEffect, left: ModeFigures) -> Cause:
+    verb = "lowers" if effect.effect < 0 else "raises"
+    return Cause(
+        kind=CauseKind.SUPPRESSED,
+        mode=figures.mode,
+        adapter=effect.adapter,
+        text=f"{left.stopped} of {left.total} that ran on stop without {effect.adapter}; at the "
+        f"natural end it {verb} EOS by {abs(effect.effect):.1f} nats at weight {effect.weight:g}",
+        remedy=f"lower the weight of {effect.adapter}; lora-stack stopping --sweep shows the region "
+        "that stops",
+    )
+
+
+def _not_learned(figures: ModeFigures, blame: Blame) -> Cause:
+    teacher = max(blame.adapters, key=lambda effect: effect.effect)
+    return Cause(
+        kind=CauseKind.NOT_LEARNED,
+        mode=figures.mode,
+        adapter=teacher.adapter,
+        text=f"the adapters act (logits change by up to {teacher.largest:.1f}), but EOS stays at "
+        f"{blame.full:.1f} nats of log-odds at the natural end; {blame.sentence}",
+        remedy="check that EOS is in the training loss: lora-stack stopping --dataset FILE; "
+        "padding that is EOS, an answer without its end of turn, and truncation all mask it",
+    )
