@@ -24,9 +24,7 @@ from harness.tensor_files import same_bytes
 
 __all__ = ["StackOptions", "resolve_stack", "stack_from_options"]
 
-_STACK_KEYS = frozenset(
-    {"name", "base", "preset", "stopping_preset", "adapters", "stops", "modes"}
-)
+_STACK_KEYS = frozenset({"name", "base", "preset", "stopping_preset", "adapters", "stops", "modes"})
 _STYLE, _INSTRUCT = "style", "instruct"
 
 

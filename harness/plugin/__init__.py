@@ -256,6 +256,17 @@ def lora_completions(lora_engine: PeftEngine, lora_preset: Preset) -> Completion
     return Completions(lora_engine, lora_preset)
 
 
+@pytest.fixture(scope="session")
+def lora_stopping_completions(
+    pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_completions: Completions
+) -> Completions:
+    """`.of(mode)` over the preset that stopping is judged on; rates need many prompts."""
+    setting = pytestconfig.stash[SETTING]
+    if setting.stopping_preset == setting.preset:
+        return lora_completions
+    return Completions(lora_engine, setting.stopping_preset)
+
+
 @pytest.fixture
 def lora_completion(
     lora_completions: Completions, lora_mode: Mode, lora_prompt: Prompt

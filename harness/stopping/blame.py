@@ -58,13 +58,15 @@ class Blame:
     """The adapters' effects on EOS in one mode.
 
     Attributes:
-        ends: natural ends that were looked at.
+        ends: natural ends that were looked at, of the completions of *ends_of*: the mode's own,
+            or, where its words are broken, those of the mode without one adapter.
         base: mean log-odds of EOS there with no adapter, `full` with all of the mode's.
         interplay: `full − base` less the sum of the effects.
     """
 
     mode: str
     ends: int
+    ends_of: str
     base: float
     full: float
     interplay: float
@@ -142,6 +144,7 @@ def blame_adapters(
     ids: Collection[int],
     *,
     layers: bool = True,
+    ends_of: str | None = None,
 ) -> Blame | None:
     """The effects of *mode*'s adapters at the ends of *rows*; None without rows, adapters or EOS.
 
@@ -166,7 +169,9 @@ def blame_adapters(
     effects = []
     for name, weight in mode.weights:
         left = passes(without(mode, name)) if len(mode.weights) > 1 else base
-        alone = passes(Mode(name=name, weights=((name, weight),))) if len(mode.weights) > 1 else full
+        alone = (
+            passes(Mode(name=name, weights=((name, weight),))) if len(mode.weights) > 1 else full
+        )
         change = odds - eos_log_odds(left, ends)
         effects.append(
             AdapterEffect(
@@ -184,6 +189,7 @@ def blame_adapters(
     return Blame(
         mode=mode.name,
         ends=len(rows),
+        ends_of=ends_of or mode.name,
         base=float(base_odds.mean()),
         full=float(odds.mean()),
         interplay=total - sum(effect.effect for effect in effects),
@@ -263,4 +269,3 @@ def _layer_groups(layers: Mapping[str, Any]) -> dict[int, list[Any]]:
         if match is not None:
             groups.setdefault(int(match[1]), []).append(module)
     return dict(sorted(groups.items()))
-

@@ -1,44 +1,52 @@
 """From figures to causes: why a mode does not end as declared, and which adapter is to blame.
 
-The rules, in order: what the files say; an adapter that does nothing; a turn's end that is no EOS;
-too little room; a loop; an adapter without which the mode stops; EOS that nobody taught. Pure but for
-`Experiment`, which asks the engine what it alone can tell. Knows nothing of reports.
+The rules, in order: what the files say; an adapter that does nothing; a turn's end that is no EOS; a
+loop; an adapter that lowers EOS and without which the mode stops; too little room; EOS that nobody
+taught. Pure: what had to be tried on the engine comes in as `Trials`. Knows nothing of reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from harness.stopping.blame import AdapterEffect, Blame
 from harness.stopping.causes import Cause, CauseKind, Finding
 from harness.stopping.endings import EndSign
 from harness.stopping.figures import ModeFigures
 
-__all__ = ["Experiment", "diagnose", "static_causes"]
+__all__ = ["Trials", "diagnose", "mends", "static_causes"]
 
-#: Nats of log-odds below which an adapter is said not to move EOS.
-_MOVES = 1.0
+#: Nats of log-odds from which an adapter is said to lower EOS, if it is also beyond three standard
+#: errors.
+_LOWERS = 0.25
 #: Share of completions from which a sign is a mode's, not a prompt's.
 _MANY = 0.2
+#: Of these, the first that the files name explains the others.
+_EOS_KINDS = (CauseKind.EOS_ID, CauseKind.EOS_LIST, CauseKind.TOKENIZER_EOS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Experiment:
-    """What is asked of the engine when a mode does not end as declared.
+class Trials:
+    """What was tried with the prompts that do not end as declared.
 
     Attributes:
-        leave_out: adapter → figures of the mode without it, on the prompts at fault.
-        extend: figures of the same prompts with four times the room, or None without need.
+        left_out: figures of the mode without an adapter, by the adapter.
+        longer: figures of the mode with more room, or None if it was not tried.
     """
 
-    leave_out: Callable[[str], ModeFigures]
-    extend: Callable[[], ModeFigures | None]
+    left_out: Mapping[str, ModeFigures] = field(default_factory=dict)
+    longer: ModeFigures | None = None
+
+
+def mends(left: ModeFigures) -> bool:
+    """Whether most of the prompts at fault stop in a trial."""
+    return left.total > 0 and left.stopped >= 0.5 * left.total
 
 
 def static_causes(findings: Sequence[Finding]) -> list[Cause]:
-    """The causes that failing static checks name."""
-    return [
+    """The causes that failing static checks name; of several about EOS ids, the first."""
+    causes = [
         Cause(
             kind=finding.kind,
             text="; ".join(finding.verdict.evidence),
@@ -47,37 +55,44 @@ def static_causes(findings: Sequence[Finding]) -> list[Cause]:
         for finding in findings
         if not finding.verdict.passed
     ]
+    about_eos = [cause for cause in causes if cause.kind in _EOS_KINDS]
+    return [cause for cause in causes if cause not in about_eos[1:]]
 
 
 def diagnose(
     figures: ModeFigures,
-    blame: Blame | None,
-    experiment: Experiment | None,
+    blame: Blame | None = None,
+    trials: Trials | None = None,
     files: Sequence[Cause] = (),
 ) -> list[Cause]:
-    """Why *figures*' mode, which should stop, does not; at least one cause.
+    """Why the mode of *figures*, which should stop, does not; empty where *files* say it all.
 
     Args:
-        files: causes that the files named, which may be enough.
+        files: causes that the files named.
     """
-    found: list[Cause] = []
+    trials = trials or Trials()
     effects = blame.adapters if blame else ()
-    found += [_inactive(figures, effect) for effect in effects if effect.largest == 0]
+    found = [_inactive(figures, effect) for effect in effects if effect.largest == 0]
+    named = any(cause.kind in _EOS_KINDS for cause in files)
     if _share(figures, EndSign.END_TOKEN) >= _MANY:
-        found.append(_end_token(figures))
-    room = _room(figures, experiment)
-    if room is not None:
-        return [*found, room]
-    looping = figures.loops >= _MANY * figures.total
-    stopped_without: dict[str, ModeFigures] = {}
-    if experiment is not None and not found:
-        names = [effect.adapter for effect in effects]
-        stopped_without = {name: experiment.leave_out(name) for name in names}
-    if looping:
-        found.append(_loop(figures, stopped_without, effects))
+        # The files' check says the same with the ids' names.
+        return found if named else [*found, _end_token(figures)]
+    if found:
+        return found
+    if figures.loops >= _MANY * figures.total:
+        found.append(_loop(figures, trials.left_out, effects))
     for effect in effects:
-        left = stopped_without.get(effect.adapter)
-        if left is not None and _mends(figures, left) and effect.effect < _MOVES:
+        left = trials.left_out.get(effect.adapter)
+        if left is not None and mends(left) and _lowers(effect):
+            found.append(_suppressed(figures, effect, left))
+    if found:
+        return found
+    room = _room(figures, trials.longer)
+    if room is not None:
+        return [room]
+    for effect in effects:
+        left = trials.left_out.get(effect.adapter)
+        if left is not None and mends(left):
             found.append(_suppressed(figures, effect, left))
     if not found and blame is not None and effects:
         found.append(_not_learned(figures, blame))
@@ -97,9 +112,8 @@ def _share(figures: ModeFigures, sign: EndSign) -> float:
     return figures.signs.get(sign.value, 0) / max(1, figures.total)
 
 
-def _mends(figures: ModeFigures, left: ModeFigures) -> bool:
-    """Whether most of the prompts at fault stop without the adapter."""
-    return left.total > 0 and left.stopped >= 0.5 * left.total
+def _lowers(effect: AdapterEffect) -> bool:
+    return effect.effect < -max(_LOWERS, 3 * effect.error)
 
 
 def _inactive(figures: ModeFigures, effect: AdapterEffect) -> Cause:
@@ -125,18 +139,19 @@ def _end_token(figures: ModeFigures) -> Cause:
     )
 
 
-def _room(figures: ModeFigures, experiment: Experiment | None) -> Cause | None:
-    open_ones = figures.undecided
-    longer = experiment.extend() if experiment is not None else None
-    if longer is not None and longer.total and longer.stopped >= 0.5 * longer.total:
+def _room(figures: ModeFigures, longer: ModeFigures | None) -> Cause | None:
+    missing = figures.total - figures.stopped
+    if longer is not None and mends(longer):
         text = (
             f"{longer.stopped} of {longer.total} that max_new_tokens = {figures.max_new_tokens} "
             f"cut off stop within {longer.max_new_tokens}"
         )
-    elif longer is None and open_ones >= 0.5 * (figures.total - figures.stopped) > 0:
+    elif figures.undecided >= 0.5 * missing > 0 and (
+        longer is None or longer.undecided >= 0.5 * longer.total
+    ):
         text = (
-            f"max_new_tokens = {figures.max_new_tokens} cuts {open_ones} of {figures.total} off "
-            "before a place where an answer could end"
+            f"max_new_tokens = {figures.max_new_tokens} cuts {figures.undecided} of "
+            f"{figures.total} off before a place where an answer could end"
         )
     else:
         return None

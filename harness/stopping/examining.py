@@ -17,8 +17,8 @@ from harness.errors import InputError
 from harness.expectation import Expectation, read_expectation
 from harness.snapshot import Snapshot
 from harness.stack import AdapterStack, Mode
-from harness.stopping.causes import Cause
-from harness.stopping.diagnosis import Experiment, diagnose, static_causes
+from harness.stopping.causes import Cause, CauseKind
+from harness.stopping.diagnosis import Trials, diagnose, mends, static_causes
 from harness.stopping.figures import Ending, ModeFigures, endings_of, mode_figures
 from harness.stopping.judging import judge_endings, judge_samples
 from harness.stopping.static import examine_files
@@ -33,7 +33,7 @@ __all__ = ["examine_stopping"]
 
 Said = Completion | Snapshot
 _MOST_TRIED = 16
-_MORE_ROOM = 4
+_MORE_ROOM, _LEAST_ROOM = 4, 64
 
 
 def examine_stopping(
@@ -160,6 +160,10 @@ class _Case:
     evidence: dict[str, Any] = field(default_factory=dict)
     sampled: dict[str, Any] = field(default_factory=dict)
     extra: list[Verdict] = field(default_factory=list)
+    trials: dict[str, Trials] = field(default_factory=dict)
+    tried: dict[tuple[str, str], tuple[Sequence[Said], Sequence[Ending]]] = field(
+        default_factory=dict
+    )
     notes: list[str] = field(default_factory=list)
     ending: EndingFiles | None = None
     findings: tuple[Any, ...] = ()
@@ -213,7 +217,9 @@ class _Case:
         self.figures[mode] = mode_figures(mode, self.endings(said), _limit(said))
 
     def expectation(self, mode: str) -> Expectation | None:
-        declared = self.stops if self.stops is not None else (self.stack.stops if self.stack else {})
+        declared = (
+            self.stops if self.stops is not None else (self.stack.stops if self.stack else {})
+        )
         return read_expectation(declared[mode]) if mode in declared else None
 
     def judge(self) -> None:
@@ -241,82 +247,88 @@ class _Case:
                 self.progress(mode, 1.0)
 
     def assign_blame(self) -> None:
+        """Blame in the mode with most adapters, and in each that does not end as declared."""
         from harness.stopping.blame import blame_adapters, natural_end_rows
 
         assert self.engine is not None
         widest = max(self.modes.values(), key=lambda m: len(m.weights), default=None)
         for name, mode in self.modes.items():
-            if name not in self.said or not (mode is widest or self._fails_to_stop(name)):
+            if name not in self.said or not (mode is widest or self._at_fault(name)):
                 continue
-            rows = natural_end_rows(self.said[name], self.figures[name].endings)
-            found = blame_adapters(self.engine, mode, rows, self.turn_ids)
+            said: Sequence[Said] = self.said[name]
+            endings: Sequence[Ending] = self.figures[name].endings
+            of = name
+            if self._at_fault(name):
+                self.trials[name] = self._try(name)
+                # Broken words have no natural end: those of a mode that stops have one.
+                sound = [a for a, f in self.trials[name].left_out.items() if mends(f)]
+                if sound:
+                    said, endings = self.tried[name, sound[0]]
+                    of = f"{name} without {sound[0]}"
+            stopped = [(s, e) for s, e in zip(said, endings, strict=True) if e.stopped]
+            if len(stopped) >= 0.5 * len(said) > 0:
+                said, endings = zip(*stopped, strict=True)
+            rows = natural_end_rows(said, endings)
+            found = blame_adapters(self.engine, mode, rows, self.turn_ids, ends_of=of)
             if found is not None:
                 self.blames[name] = found
 
-    def _fails_to_stop(self, mode: str) -> bool:
-        want = self.expectation(mode)
-        verdict = self.verdicts.get(mode)
-        return want is not None and verdict is not None and not verdict.passed and (
-            want.must_stop or not want.loops
-        )  # fmt: skip
+    def _at_fault(self, mode: str) -> bool:
+        """Whether a mode that should stop, or must not loop, does otherwise."""
+        want, figures = self.expectation(mode), self.figures[mode]
+        if want is None or self.verdicts[mode].passed:
+            return False
+        return (want.must_stop and figures.stopped < figures.total) or bool(
+            not want.loops and figures.loops
+        )
 
     def find_causes(self) -> None:
         files = static_causes(self.findings)
         self.causes += files
-        for mode in self.figures:
-            if not self._fails_to_stop(mode):
+        for mode, figures in self.figures.items():
+            if not self._at_fault(mode):
                 continue
-            figures = self.figures[mode]
-            clean = figures.stopped == figures.total and not figures.loops
-            if clean:
-                continue  # too few prompts: the verdict says so
-            experiment = self._experiment(mode) if self.engine is not None else None
-            found = diagnose(figures, self.blames.get(mode), experiment, files)
+            found = diagnose(figures, self.blames.get(mode), self.trials.get(mode), files)
             self.causes += found
-            if any(cause.kind == "max_new_tokens is too small" for cause in found):
-                self._reopen(mode, found)
+            room = [c for c in found if c.kind is CauseKind.MAX_NEW_TOKENS]
+            verdict = self.verdicts[mode]
+            if room and verdict.outcome is Outcome.FAILED:
+                # More room mends it: what ran out of room decides nothing.
+                self.verdicts[mode] = replace(
+                    verdict,
+                    outcome=Outcome.UNDECIDED,
+                    evidence=(*verdict.evidence, room[0].text),
+                    remedy=room[0].remedy,
+                )
 
-    def _reopen(self, mode: str, found: Sequence[Cause]) -> None:
-        """More room mends it: what ran out of room decides nothing."""
-        verdict = self.verdicts[mode]
-        text = next(c.text for c in found if c.kind == "max_new_tokens is too small")
-        if verdict.outcome is Outcome.FAILED:
-            self.verdicts[mode] = replace(
-                verdict,
-                outcome=Outcome.UNDECIDED,
-                evidence=(*verdict.evidence, text),
-                remedy="raise --max-new-tokens until answers end before it",
-            )
-
-    def _experiment(self, mode: str) -> Experiment:
+    def _try(self, mode: str) -> Trials:
+        """Generate for the prompts at fault without each adapter, and with more room."""
         from harness.stopping.blame import without
 
         said = [
             one
             for one, ending in zip(self.said[mode], self.figures[mode].endings, strict=True)
-            if not ending.stopped or ending.loop
+            if isinstance(one, Completion) and (not ending.stopped or ending.loop)
         ][:_MOST_TRIED]
-        prompts = [one.prompt for one in said if isinstance(one, Completion)]
-        settings = next((one.settings for one in said if isinstance(one, Completion)), None)
+        if not said:
+            return Trials()
+        settings = said[0].settings
 
-        def run(chosen: Mode, room: GenerationSettings) -> ModeFigures:
+        def run(key: str, chosen: Mode, room: GenerationSettings) -> ModeFigures:
             assert self.engine is not None
-            found = self.engine.generate(prompts, chosen, room, application=self.application)
+            found = self.engine.generate(
+                [one.prompt for one in said], chosen, room, application=self.application
+            )
             self.generated += len(found)
-            return mode_figures(chosen.name, self.endings(found), room.max_new_tokens)
+            endings = self.endings(found)
+            self.tried[mode, key] = (found, endings)
+            return mode_figures(chosen.name, endings, room.max_new_tokens)
 
-        def leave_out(adapter: str) -> ModeFigures:
-            if settings is None:
-                return mode_figures(mode, (), 0)
-            return run(without(self.modes[mode], adapter), settings)
-
-        def extend() -> ModeFigures | None:
-            if settings is None:
-                return None
-            longer = replace(settings, max_new_tokens=settings.max_new_tokens * _MORE_ROOM)
-            return run(self.modes[mode], longer)
-
-        return Experiment(leave_out=leave_out, extend=extend)
+        whole = self.modes[mode]
+        left = {name: run(name, without(whole, name), settings) for name in whole.adapters}
+        more = max(_MORE_ROOM * settings.max_new_tokens, _LEAST_ROOM)
+        longer = run("", whole, replace(settings, max_new_tokens=more))
+        return Trials(left_out=left, longer=longer)
 
     def sample(self, prompts: Sequence[Prompt], settings: GenerationSettings, count: int) -> None:
         from harness.stopping.sampling import sample_stops

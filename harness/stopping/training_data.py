@@ -109,9 +109,7 @@ class DatasetFigures:
         """The cause that a failing check names."""
         if self.verdict.passed:
             return None
-        return Cause(
-            kind=CauseKind.DATASET, text=self.verdict.evidence[0], remedy=self._remedy
-        )
+        return Cause(kind=CauseKind.DATASET, text=self.verdict.evidence[0], remedy=self._remedy)
 
 
 def check_training_data(
@@ -269,9 +267,7 @@ class _Reader:
                 return None
         return None
 
-    def _end_fault(
-        self, ids: Sequence[int], labels: Sequence[int]
-    ) -> tuple[Fault, str] | None:
+    def _end_fault(self, ids: Sequence[int], labels: Sequence[int]) -> tuple[Fault, str] | None:
         place = self._end(ids)
         if place is None:
             tail = self.tokenizer.decode(list(ids[-8:])) if ids else ""

@@ -6,7 +6,7 @@ Values only; how they are written is `harness.report.stopping`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,25 @@ class StoppingReport:
     @property
     def passed(self) -> bool:
         return self.verdict.passed
+
+    def judged(self, mode: str) -> Verdict:
+        """The verdict on *mode*, with the causes that were named for it as evidence.
+
+        Raises:
+            KeyError: the mode declares nothing.
+        """
+        name = f"stopping: {mode}"
+        for verdict in self.verdicts:
+            if verdict.name == name:
+                break
+        else:
+            raise KeyError(mode)
+        causes = [c for c in self.causes if c.mode in (None, mode)] if not verdict.passed else []
+        return replace(
+            verdict,
+            evidence=(*verdict.evidence, *(f"cause: {c.kind}: {c.text}" for c in causes)),
+            remedy=causes[0].remedy if causes else verdict.remedy,
+        )
 
     def explain(self) -> str:
         """The report as text: verdicts, then causes with their remedies, then blame."""
