@@ -1,7 +1,7 @@
 """What ends a turn, by a checkpoint's files: EOS ids, special tokens, chat template.
 
-Follows transformers: generation stops at `generation_config.json`'s EOS ids, at `config.json`'s only
-where that file is absent, and never at the tokenizer's. Reads JSON alone: no torch, no
+Follows transformers: generation stops at `generation_config.json`'s EOS ids, at `config.json`'s
+only where that file is absent, and never at the tokenizer's. Reads JSON alone: no torch, no
 transformers. Knows nothing of weights, engines or verdicts.
 """
 

@@ -131,9 +131,9 @@ def _modes_table(report: StoppingReport) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "title": "Modes",
-        "text": "Wilson's 95 % interval. Tokens until stop count the EOS. Overrun: completions that "
-        "went on behind a natural end, and by how many tokens at most. EOS at the natural end: "
-        "medians; the margin is its logit over the best other token's, in nats.",
+        "text": "Wilson's 95 % interval. Tokens until stop count the EOS. Overran: completions "
+        "that went on behind a natural end, and by how many tokens at most. EOS at the natural "
+        "end: medians; the margin is its logit over the best other token's, in nats.",
         "head": (
             "mode", "stopped", "95 % interval", "stop reasons", "tokens until stop", "median",
             "mean tokens", "overran", "by up to", "loops", "cut off early", "EOS probability",
@@ -177,8 +177,8 @@ def _blame_table(report: StoppingReport) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "title": "Blame",
-        "text": "Effect: the change of EOS's log-odds at the natural end, in nats, when the adapter "
-        "is added to the others of the mode; alone: to the base. "
+        "text": "Effect: the change of EOS's log-odds at the natural end, in nats, when the "
+        "adapter is added to the others of the mode; alone: to the base. "
         + " ".join(f"{mode}: {blame.sentence}." for mode, blame in report.blame.items()),
         "head": (
             "mode", "adapter", "weight", "effect", "±", "alone", "EOS logit", "largest change",

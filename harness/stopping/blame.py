@@ -2,8 +2,8 @@
 
 At the place where an answer should end, one forward pass in each live mode: with every adapter,
 without each, with each alone, with none; and with one adapter switched off layer by layer. An
-adapter's effect is its leave-one-out difference; what is left over is the adapters' interplay. Differences are
-of log-odds in nats, so that they add up where probabilities saturate. Every scale is put back.
+adapter's effect is its leave-one-out difference; what is left over is the adapters' interplay.
+Differences are of log-odds in nats, so that they add up where probabilities saturate. Every scale is put back.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = ["AdapterEffect", "Blame", "blame_adapters", "main_layers", "natural_e
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?=\.|$)")
 _MOST_ENDS = 16
+_NOTHING = 0.05  # nats that are shown as none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +75,16 @@ class Blame:
 
     @property
     def sentence(self) -> str:
-        """E.g. `instruct raises EOS by 7.2 nats (mostly in layers 20–27), style lowers it by 1.1`."""
+        """E.g. `instruct raises EOS by 7.2 nats (mostly in layers 2–3), style lowers it by 1.1`."""
         parts = []
         ordered = sorted(self.adapters, key=lambda effect: -abs(effect.effect))
         for place, one in enumerate(ordered):
             what = "EOS" if place == 0 else "it"
             if one.largest == 0:
                 parts.append(f"{one.adapter} does nothing to {what}")
+                continue
+            if abs(one.effect) < _NOTHING:
+                parts.append(f"{one.adapter} leaves {what} alone")
                 continue
             verb = "raises" if one.effect >= 0 else "lowers"
             text = f"{one.adapter} {verb} {what} by {abs(one.effect):.1f}"
@@ -126,7 +130,7 @@ def without(mode: Mode, adapter: str) -> Mode:
 def natural_end_rows(
     completions: Sequence[Completion | Snapshot], endings: Sequence[Ending]
 ) -> list[list[int]]:
-    """Token ids up to each natural end, the prompt included; at most 16, evenly over the prompts."""
+    """Token ids up to each natural end, prompt included; at most 16, evenly over the prompts."""
     rows = [
         [*completion.prompt_token_ids, *completion.token_ids[: ending.natural_end]]
         for completion, ending in zip(completions, endings, strict=True)

@@ -1,8 +1,8 @@
 """From figures to causes: why a mode does not end as declared, and which adapter is to blame.
 
-The rules, in order: what the files say; an adapter that does nothing; a turn's end that is no EOS; a
-loop; an adapter that lowers EOS and without which the mode stops; too little room; EOS that nobody
-taught. Pure: what had to be tried on the engine comes in as `Trials`. Knows nothing of reports.
+The rules, in order: what the files say; an adapter that does nothing; a turn's end that is no EOS;
+a loop; an adapter that lowers EOS and without which the mode stops; too little room; EOS that
+nobody taught. Pure: what had to be tried on the engine comes in as `Trials`. Knows nothing of reports.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def _suppressed(figures: ModeFigures, effect: AdapterEffect, left: ModeFigures) 
         adapter=effect.adapter,
         text=f"{left.stopped} of {left.total} that ran on stop without {effect.adapter}; at the "
         f"natural end it {verb} EOS by {abs(effect.effect):.1f} nats at weight {effect.weight:g}",
-        remedy=f"lower the weight of {effect.adapter}; lora-stack stopping --sweep shows the region "
-        "that stops",
+        remedy=f"lower the weight of {effect.adapter}; lora-stack stopping --sweep shows which "
+        "weights stop",
     )
 
 

@@ -68,7 +68,7 @@ class NaturalEnd:
 def find_loop(ids: Sequence[int]) -> Loop | None:
     """The repetition that *ids* ends in, by its shortest period.
 
-    At least three whole rounds, and at least eight tokens of repetition, so that `ha ha ha` is none.
+    At least three whole rounds, and at least eight tokens of repetition, so `ha ha ha` is none.
     """
     length = len(ids)
     for period in range(1, length // _LEAST_REPEATS + 1):

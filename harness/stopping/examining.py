@@ -107,7 +107,8 @@ def _generate(
     settings: GenerationSettings,
     modes: Sequence[Mode | str] | None,
 ) -> None:
-    assert case.engine is not None and case.stack is not None
+    assert case.engine is not None
+    assert case.stack is not None
     chosen = [case.stack.mode(m) if isinstance(m, str) else m for m in modes or case.stack.modes]
     for mode in chosen:
         case.modes[mode.name] = mode
@@ -348,7 +349,8 @@ class _Case:
     def try_weights(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> Any:
         from harness.stopping.sweep import sweep_weights
 
-        assert self.engine is not None and self.stack is not None
+        assert self.engine is not None
+        assert self.stack is not None
         if len(self.stack.adapters) < 2:
             self.notes.append("a weight sweep needs two adapters")
             return None

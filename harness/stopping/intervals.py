@@ -2,9 +2,9 @@
 
 A judgement needs an interval that is wide enough at every rate. Wilson's alone is not: near 0 and
 1 its far end is too close (one stop among 17 prompts has a lower end of 1.05 %, and at a true rate
-of 1 % one run in six shows a stop). So `rate_interval` is the hull of Wilson's (E. B. Wilson, JASA 22,
-1927) and the exact one (Clopper and Pearson, Biometrika 26, 1934), which errs on a side in at most
-2.5 % of runs. Knows nothing of completions.
+of 1 % one run in six shows a stop). So `rate_interval` is the hull of Wilson's (E. B. Wilson, JASA
+22, 1927) and the exact one (Clopper and Pearson, Biometrika 26, 1934), which errs on a side in at
+most 2.5 % of runs. Knows nothing of completions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def wilson_interval(count: float, total: float) -> Interval:
 
 
 def exact_interval(count: float, total: float) -> Interval:
-    """Clopper and Pearson's interval, by the incomplete beta function; *count* may be fractional."""
+    """Clopper and Pearson's interval, by the incomplete beta function; for fractions too."""
     if total <= 0:
         return Interval(low=0.0, high=1.0)
     from scipy.special import betaincinv

@@ -1,8 +1,8 @@
 """The one judge of stopping: figures held against what a mode's entry in `[stops]` declares.
 
 A rate is judged on its 95 % interval (`rate_interval`), never on the observed share: it passes when
-the whole interval lies beyond the bound, fails when the whole interval lies on the wrong side, and is
-undecided otherwise, with the number of prompts that would decide. Completions that were cut off
+the whole interval lies beyond the bound, fails when the whole interval lies on the wrong side, and
+is undecided otherwise, with the number of prompts that would decide. Completions that were cut off
 before they could have ended count for neither side. Pure: values in, `Verdict` out.
 """
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from harness.drawing import COLOURS, GREY, MISSING, STYLES, Figure, Plot, drawn, plain
 from harness.stopping.sweep import Sweep
-from harness.stopping.values import StoppingReport
+from harness.stopping.values import StoppingReport, quartiles
 
 __all__ = ["stopping_plots"]
 
-_LEAST = 1e-8
+_LEAST, _AROUND = 1e-8, 12
 
 
 def stopping_plots(report: StoppingReport) -> list[Plot]:
@@ -36,30 +36,50 @@ def _series(place: int) -> dict[str, Any]:
 
 def _eos_by_step(report: StoppingReport) -> Plot:
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
+        left, right = figure.subplots(1, 2, sharey=True)
         for place, (mode, summary) in enumerate(report.evidence.items()):
-            steps = range(1, len(summary.by_step) + 1)
-            low, middle, high = (
-                [max(_LEAST, step[which]) for step in summary.by_step] for which in range(3)
-            )
-            axes.plot(steps, middle, label=plain(mode), **_series(place))
-            axes.fill_between(
-                steps, low, high, color=COLOURS[place % len(COLOURS)], alpha=0.15, linewidth=0
-            )
-        axes.set_yscale("log")
-        axes.set_ylim(_LEAST, 2)
-        axes.set_xlabel("token of the completion")
-        axes.set_ylabel("probability of EOS")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            steps = {number: step for number, step in enumerate(summary.by_step, 1)}
+            _band(left, place, mode, steps)
+            _band(right, place, mode, _around_end(report, mode))
+        left.set_yscale("log")
+        left.set_ylim(_LEAST, 2)
+        left.set_xlabel("token of the completion")
+        left.set_ylabel("probability of EOS")
+        right.axvline(0, color=GREY, linewidth=0.8)
+        right.set_xlabel("tokens from the natural end")
+        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return drawn(
         "eos-by-step",
         "EOS probability by step",
         "What each mode holds EOS for at each token of its own completions: median and quartiles "
-        "over those that reach the token. A mode that stops rises at its answers' ends.",
+        "over those that reach the token. Right: counted from each completion's natural end, where "
+        "a mode that stops has its peak.",
         draw,
-        (9, 4.2),
+        (12, 4.2),
     )
+
+
+def _band(axes: Any, place: int, mode: str, steps: dict[int, tuple[float, float, float]]) -> None:
+    where = sorted(steps)
+    low, middle, high = ([max(_LEAST, steps[n][which]) for n in where] for which in range(3))
+    axes.plot(where, middle, label=plain(mode), **_series(place))
+    axes.fill_between(
+        where, low, high, color=COLOURS[place % len(COLOURS)], alpha=0.15, linewidth=0
+    )
+
+
+def _around_end(report: StoppingReport, mode: str) -> dict[int, tuple[float, float, float]]:
+    """Quartiles of the probability, by tokens from the natural end."""
+    found: dict[int, list[float]] = {}
+    for trace, ending in zip(report.traces[mode], report.modes[mode].endings, strict=True):
+        if ending.natural_end is None:
+            continue
+        for step, probability in enumerate(trace.probability):
+            offset = step - ending.natural_end
+            if abs(offset) <= _AROUND:
+                found.setdefault(offset, []).append(probability)
+    return {offset: three for offset, values in found.items() if (three := quartiles(values))}
 
 
 def _survival(report: StoppingReport) -> Plot:
@@ -84,7 +104,7 @@ def _survival(report: StoppingReport) -> Plot:
         "survival",
         "Completions still running",
         "Share of completions that run on behind each token (Kaplan-Meier; those cut off by the "
-        "length count as running until then). A mode that stops falls to 0, one that runs on stays.",
+        "length count as running until then). A mode that stops falls to 0.",
         draw,
         (9, 4.0),
     )
@@ -166,8 +186,8 @@ def _sweep(sweep: Sweep) -> Plot:
         "weight-sweep",
         "Weights: stopping, length and style",
         f"{sweep.prompts} prompts a cell, greedy. Framed: the observed stop rate reaches "
-        f"{sweep.target:.0%} without a loop. Retained: how much likelier the mode's words are under "
-        f"{sweep.first} alone than under the base; 1 is what it says alone, 0 what the base says.",
+        f"{sweep.target:.0%} without a loop. Retained: how much likelier the mode's words are "
+        f"under {sweep.first} alone than under the base; 1 is what it says alone, 0 what the base says.",
         draw,
         (12, 4.0),
     )

@@ -163,9 +163,11 @@ def adapter_findings(
             lines.append(f"{name} replaces {', '.join(saved)} as a whole (modules_to_save)")
         if tokens:
             lines.append(f"{name} trains single rows (trainable_token_indices): {tokens}")
-        for copy in adapter.base_copies:
-            if copy.rsplit(".", 2)[-2] in ("lm_head", "embed_tokens"):
-                lines.append(f"{name} carries a copy of {copy}, written over the base at load")
+        lines += [
+            f"{name} carries a copy of {copy}, written over the base at load"
+            for copy in adapter.base_copies
+            if copy.rsplit(".", 2)[-2] in ("lm_head", "embed_tokens")
+        ]
     verdict = Verdict(
         name=TOUCHED,
         outcome=Outcome.HELD,

@@ -1,7 +1,7 @@
 """Stop rates when decoding samples: several seeded samples of each prompt.
 
-Each batch of each round has a seed of its own: an engine seeds once a batch, and batches of one seed
-would draw alike. Knows nothing of verdicts; `clustered_interval` is what they are judged on.
+Each batch of each round has a seed of its own: an engine seeds once a batch, and batches of one
+seed would draw alike. Knows nothing of verdicts; `clustered_interval` is what they are judged on.
 """
 
 from __future__ import annotations

@@ -120,10 +120,12 @@ def _eos_finding(
 
 def _with_ids(verdict: Verdict, ending: EndingFiles, family: Family | None) -> Verdict:
     """Mention published ids that this tokenizer does not have; a resized vocabulary may differ."""
+    if family is None:
+        return verdict
     known = ending.tokenizer.specials if ending.tokenizer else {}
     other = [
         f"{token!r} is {known[token]} here, {number} in the published {family.name}"
-        for token, number in (family.ids.items() if family else ())
+        for token, number in family.ids.items()
         if token in known and known[token] != number
     ]
     return _held(verdict.name, *verdict.evidence, *other[:1])

@@ -1,8 +1,8 @@
 """The weight sweep: how stopping, length and style depend on two adapters' weights.
 
-Style retention is measured with the adapters themselves: how much likelier the mode's own words are
-under the first adapter alone than under the base, a token, on a scale on which the base's words are 0
-and those of the first adapter alone are 1. Knows nothing of verdicts.
+Style retention is measured with the adapters themselves: how much likelier, a token, the mode's own
+words are under the first adapter alone than under the base, on a scale on which the base's words
+are 0 and those of the first adapter alone are 1. Knows nothing of verdicts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training-data check: do examples end with an EOS that is in the loss?
 
-Takes JSON Lines as trainers do and does to each example what a trainer would, up to the labels. Why it
-matters: `DataCollatorForLanguageModeling` gives every token with the padding id the label -100
+Takes JSON Lines as trainers do and does to each example what a trainer would, up to the labels. Why
+it matters: `DataCollatorForLanguageModeling` gives every token with the padding id the label -100
 (https://github.com/huggingface/transformers/issues/23530), so where padding is EOS nothing teaches
 to stop. Knows nothing of models.
 """
