@@ -75,8 +75,10 @@ def read_expectation(value: Any, *, where: Any = None) -> Expectation:
         InputError: a word, key or number that means nothing, or bounds that contradict each other.
     """
 
+    given = value
+
     def refuse() -> InputError:
-        return InputError(f"{value!r} declares no stopping", where=where, remedy=_FORMS)
+        return InputError(f"{given!r} declares no stopping", where=where, remedy=_FORMS)
 
     if isinstance(value, str):
         value = {"stops": value}

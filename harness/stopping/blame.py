@@ -3,7 +3,8 @@
 At the place where an answer should end, one forward pass in each live mode: with every adapter,
 without each, with each alone, with none; and with one adapter switched off layer by layer. An
 adapter's effect is its leave-one-out difference; what is left over is the adapters' interplay.
-Differences are of log-odds in nats, so that they add up where probabilities saturate. Every scale is put back.
+Differences are of log-odds in nats, so that they add up where probabilities saturate. Every
+scale is put back.
 """
 
 from __future__ import annotations

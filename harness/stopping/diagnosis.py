@@ -2,7 +2,8 @@
 
 The rules, in order: what the files say; an adapter that does nothing; a turn's end that is no EOS;
 a loop; an adapter that lowers EOS and without which the mode stops; too little room; EOS that
-nobody taught. Pure: what had to be tried on the engine comes in as `Trials`. Knows nothing of reports.
+nobody taught. Pure: what had to be tried on the engine comes in as `Trials`. Knows nothing of
+reports.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from harness.snapshot import Snapshot
 from harness.stack import AdapterStack, Mode
 from harness.stopping.causes import Cause, CauseKind
 from harness.stopping.diagnosis import Trials, diagnose, mends, static_causes
-from harness.stopping.figures import Ending, ModeFigures, endings_of, mode_figures
+from harness.stopping.figures import Ending, ModeFigures, endings_of, length_limit, mode_figures
 from harness.stopping.judging import judge_endings, judge_samples
 from harness.stopping.static import examine_files
 from harness.stopping.values import StoppingReport, summarise
@@ -215,7 +215,7 @@ class _Case:
         return endings_of(said, stops=self.stop_ids, turn_ids=self.turn_ids, decode=self.decode)
 
     def figure(self, mode: str, said: Sequence[Said]) -> None:
-        self.figures[mode] = mode_figures(mode, self.endings(said), _limit(said))
+        self.figures[mode] = mode_figures(mode, self.endings(said), length_limit(said))
 
     def expectation(self, mode: str) -> Expectation | None:
         declared = (
@@ -385,13 +385,6 @@ class _Case:
             generated=self.generated,
             notes=tuple(self.notes),
         )
-
-
-def _limit(said: Sequence[Said]) -> int:
-    settings = said[0].settings if said else {}
-    if isinstance(settings, Mapping):
-        return int(settings.get("max_new_tokens", 0))
-    return settings.max_new_tokens
 
 
 def _with_dataset(

@@ -23,7 +23,15 @@ from harness.stopping.endings import (
 )
 from harness.stopping.intervals import Interval, wilson_interval
 
-__all__ = ["Ending", "ModeFigures", "Survival", "endings_of", "mode_figures", "survival"]
+__all__ = [
+    "Ending",
+    "ModeFigures",
+    "Survival",
+    "endings_of",
+    "length_limit",
+    "mode_figures",
+    "survival",
+]
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -136,6 +144,14 @@ class ModeFigures:
     def signs(self) -> Mapping[str, int]:
         """Completions by what showed that they went on."""
         return dict(Counter(e.sign.value for e in self.endings if e.sign is not None))
+
+
+def length_limit(completions: Sequence[Completion | Snapshot]) -> int:
+    """`max_new_tokens` of the first completion's settings; 0 of none."""
+    settings = completions[0].settings if completions else {}
+    if isinstance(settings, Mapping):
+        return int(settings.get("max_new_tokens", 0))
+    return settings.max_new_tokens
 
 
 def endings_of(

@@ -14,7 +14,14 @@ from typing import Any
 from harness.completion import Completion
 from harness.expectation import Expectation, read_expectation
 from harness.snapshot import Snapshot
-from harness.stopping.figures import Decode, Ending, ModeFigures, endings_of, mode_figures
+from harness.stopping.figures import (
+    Decode,
+    Ending,
+    ModeFigures,
+    endings_of,
+    length_limit,
+    mode_figures,
+)
 from harness.stopping.intervals import Interval, clustered_interval, prompts_needed, rate_interval
 from harness.verdict import Outcome, Verdict
 
@@ -42,9 +49,8 @@ def judge_stopping(
             to judge rates skips.
     """
     endings = endings_of(completions, stops=stops, turn_ids=turn_ids, decode=decode)
-    settings = completions[0].settings if completions else {}
-    limit = settings["max_new_tokens"] if isinstance(settings, Mapping) else settings.max_new_tokens
-    return judge_endings(mode_figures(mode, endings, limit), expected, too_few=too_few)
+    figures = mode_figures(mode, endings, length_limit(completions))
+    return judge_endings(figures, expected, too_few=too_few)
 
 
 def judge_endings(

@@ -38,8 +38,7 @@ def _eos_by_step(report: StoppingReport) -> Plot:
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         for place, (mode, summary) in enumerate(report.evidence.items()):
-            steps = {number: step for number, step in enumerate(summary.by_step, 1)}
-            _band(left, place, mode, steps)
+            _band(left, place, mode, dict(enumerate(summary.by_step, 1)))
             _band(right, place, mode, _around_end(report, mode))
         left.set_yscale("log")
         left.set_ylim(_LEAST, 2)
@@ -187,7 +186,7 @@ def _sweep(sweep: Sweep) -> Plot:
         "Weights: stopping, length and style",
         f"{sweep.prompts} prompts a cell, greedy. Framed: the observed stop rate reaches "
         f"{sweep.target:.0%} without a loop. Retained: how much likelier the mode's words are "
-        f"under {sweep.first} alone than under the base; 1 is what it says alone, 0 what the base says.",
+        f"under {sweep.first} alone than under the base; 1 is its own words, 0 the base's.",
         draw,
         (12, 4.0),
     )
