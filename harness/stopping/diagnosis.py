@@ -8,7 +8,7 @@ reports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.stopping.blame import AdapterEffect, Blame
@@ -16,7 +16,7 @@ from harness.stopping.causes import Cause, CauseKind, Finding
 from harness.stopping.endings import EndSign
 from harness.stopping.figures import ModeFigures
 
-__all__ = ["Trials", "diagnose", "mends", "static_causes"]
+__all__ = ["Trials", "diagnose", "ends_without_stopping", "mends", "static_causes"]
 
 #: Nats of log-odds from which an adapter is said to lower EOS, if it is also beyond three standard
 #: errors.
@@ -33,11 +33,17 @@ class Trials:
 
     Attributes:
         left_out: figures of the mode without an adapter, by the adapter.
-        longer: figures of the mode with more room, or None if it was not tried.
+        longer: gives figures of the mode with more room, when they are needed.
     """
 
     left_out: Mapping[str, ModeFigures] = field(default_factory=dict)
-    longer: ModeFigures | None = None
+    longer: Callable[[], ModeFigures] | None = None
+
+
+def ends_without_stopping(figures: ModeFigures) -> bool:
+    """Whether a mode produces the end of a turn, and generation does not stop at it."""
+    count = figures.signs.get(EndSign.END_TOKEN.value, 0)
+    return bool(count) and count >= _MANY * figures.total
 
 
 def mends(left: ModeFigures) -> bool:
@@ -75,7 +81,7 @@ def diagnose(
     effects = blame.adapters if blame else ()
     found = [_inactive(figures, effect) for effect in effects if effect.largest == 0]
     named = any(cause.kind in _EOS_KINDS for cause in files)
-    if _share(figures, EndSign.END_TOKEN) >= _MANY:
+    if ends_without_stopping(figures):
         # The files' check says the same with the ids' names.
         return found if named else [*found, _end_token(figures)]
     if found:
@@ -88,7 +94,7 @@ def diagnose(
             found.append(_suppressed(figures, effect, left))
     if found:
         return found
-    room = _room(figures, trials.longer)
+    room = _room(figures, trials.longer() if trials.longer else None)
     if room is not None:
         return [room]
     for effect in effects:
@@ -107,10 +113,6 @@ def diagnose(
             )
         )
     return found
-
-
-def _share(figures: ModeFigures, sign: EndSign) -> float:
-    return figures.signs.get(sign.value, 0) / max(1, figures.total)
 
 
 def _lowers(effect: AdapterEffect) -> bool:

@@ -18,7 +18,13 @@ from harness.expectation import Expectation, read_expectation
 from harness.snapshot import Snapshot
 from harness.stack import AdapterStack, Mode
 from harness.stopping.causes import Cause, CauseKind
-from harness.stopping.diagnosis import Trials, diagnose, mends, static_causes
+from harness.stopping.diagnosis import (
+    Trials,
+    diagnose,
+    ends_without_stopping,
+    mends,
+    static_causes,
+)
 from harness.stopping.figures import Ending, ModeFigures, endings_of, length_limit, mode_figures
 from harness.stopping.judging import judge_endings, judge_samples
 from harness.stopping.static import examine_files
@@ -311,7 +317,7 @@ class _Case:
             for one, ending in zip(self.said[mode], self.figures[mode].endings, strict=True)
             if isinstance(one, Completion) and (not ending.stopped or ending.loop)
         ][:_MOST_TRIED]
-        if not said:
+        if not said or ends_without_stopping(self.figures[mode]):
             return Trials()
         settings = said[0].settings
 
@@ -328,8 +334,10 @@ class _Case:
         whole = self.modes[mode]
         left = {name: run(name, without(whole, name), settings) for name in whole.adapters}
         more = max(_MORE_ROOM * settings.max_new_tokens, _LEAST_ROOM)
-        longer = run("", whole, replace(settings, max_new_tokens=more))
-        return Trials(left_out=left, longer=longer)
+        return Trials(
+            left_out=left,
+            longer=lambda: run("", whole, replace(settings, max_new_tokens=more)),
+        )
 
     def sample(self, prompts: Sequence[Prompt], settings: GenerationSettings, count: int) -> None:
         from harness.stopping.sampling import sample_stops

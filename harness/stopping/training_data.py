@@ -9,6 +9,7 @@ to stop. Knows nothing of models.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = ["LABELS", "DatasetFigures", "Fault", "Offender", "check_training_data
 
 IGNORED_LABEL = -100
 _NAMED = 5
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ENOUGH = 0.95
 
 #: What is in the loss, by the name of the option.
@@ -244,7 +246,7 @@ class _Reader:
         return self._end_fault(ids, labels)
 
     def _marked_fault(self, messages: list[dict[str, Any]]) -> tuple[Fault, str] | None:
-        if "generation" not in (self.tokenizer.chat_template or ""):
+        if not _GENERATION.search(self.tokenizer.chat_template or ""):
             raise InputError(
                 "the chat template marks no generation", where="--labels template",
                 remedy="put {% generation %} around the answer and its end of turn",

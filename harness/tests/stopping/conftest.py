@@ -68,7 +68,7 @@ def embedded_engine():
 def examine(held_out):
     """`examine(copy)`: the report on a copy's stacked mode, which should stop at once."""
 
-    def run(copy, *, prompts=24, max_new_tokens=None, **arguments):
+    def run(copy, *, prompts=12, max_new_tokens=None, **arguments):
         from harness.engines import load_engine
         from harness.stopping import examine_stopping
 

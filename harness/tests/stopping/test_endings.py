@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from harness.stopping.endings import EndSign, ends_a_sentence, find_loop, natural_end
 from harness.stopping.figures import Ending, survival
 
-WORDS = {n: w for n, w in enumerate(
-    ["", "The fox", " is red", ".", "\n", "Where", " is it", "?", "User:", " Hello", "狐狸在林中", "。",
-     "<|im_end|>", "A", " list"]
-)}  # fmt: skip
+WORDS = (
+    "", "The fox", " is red", ".", "\n", "Where", " is it", "?", "User:", " Hello", "狐狸在林中",
+    "。", "<|im_end|>", "A", " list",
+)  # fmt: skip
 
 
 def decode(ids):

@@ -154,14 +154,14 @@ def test_log_odds_are_those_of_the_softmax():
 def test_samples_are_seeded_and_counted_a_prompt(embedded_engine, prompts, held_out):
     found = [
         examine_stopping(
-            embedded_engine, prompts=prompts[:4], modes=["stacked"], settings=held_out.settings,
+            embedded_engine, prompts=prompts[:2], modes=["stacked"], settings=held_out.settings,
             stops={"stacked": "always"}, samples=2, blame=False,
         ).sampled["stacked"]
         for _ in range(2)
     ]  # fmt: skip
     assert found[0] == found[1]
-    assert len(found[0].counts) == 4
-    assert found[0].interval.high - found[0].interval.low > 0.3  # 4 prompts, not 8 trials
+    assert len(found[0].counts) == 2
+    assert found[0].interval.high - found[0].interval.low > 0.6  # 2 prompts, not 4 trials
 
 
 def test_sweep_finds_the_region_that_stops(embedded_engine, prompts, held_out):

@@ -56,7 +56,7 @@ def test_tokenizer_whose_eos_is_another(stack_copy, examine):
 
 def test_style_weight_three_times(stack_copy, examine):
     stack_copy.change("style/adapter_config.json", lora_alpha=48)
-    report = examine(stack_copy, prompts=74)
+    report = examine(stack_copy, prompts=40)
     assert [(c.kind, c.adapter) for c in report.causes] == [(CauseKind.SUPPRESSED, "style")]
     assert report.verdicts[0].outcome is Outcome.FAILED
     assert report.blame["stacked"].adapters[0].effect < 0

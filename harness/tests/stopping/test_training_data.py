@@ -12,7 +12,7 @@ from harness.verdict import Outcome
 STOPS = {637, 639}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
     from harness.engines.inspection import fresh_tokenizer
 
@@ -63,8 +63,8 @@ def test_example_that_teaches_no_end_is_named(check, example, arguments, fault):
     assert figures.cause is not None
 
 
-def test_padding_that_is_eos_masks_every_label(check, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "pad_token", "<|im_end|>")
+def test_padding_that_is_eos_masks_every_label(check, tokenizer):
+    tokenizer.pad_token = "<|im_end|>"
     figures = check(*[chat()] * 9, labels="collator")
     assert (figures.taught, figures.faults) == (0, {Fault.PADDING.value: 9})
     assert len(figures.offenders) == 5
