@@ -97,7 +97,9 @@ def judge_endings(
             remedy="raise --max-new-tokens until answers end before it",
         )
     needed = prompts_needed(
-        figures.stopped / figures.total, min_rate=want.min_rate, max_rate=want.max_rate
+        figures.stopped / (figures.total - figures.undecided),
+        min_rate=want.min_rate,
+        max_rate=want.max_rate,
     )
     return Verdict(
         name=name,
@@ -225,9 +227,11 @@ def _remedy(figures: ModeFigures, want: Expectation) -> str:
 
 
 def _cut_short(figures: ModeFigures, want: Expectation) -> bool:
-    """Whether what was cut off would decide, if it all ended or all ran on."""
+    """Whether most was cut off, or what was would decide if it all ended or all ran on."""
     if not figures.undecided:
         return False
+    if figures.undecided >= 0.5 * figures.total:
+        return True
     best = rate_interval(figures.stopped + figures.undecided, figures.total)
     worst = rate_interval(figures.stopped, figures.total)
     return _holds(want, best.low, best.high) or _holds(want, worst.low, worst.high)

@@ -64,7 +64,11 @@ def test_too_few_prompts_say_how_many_are_needed():
     assert "8 prompts are too few to decide; 73 would, if the rest do likewise" in verdict.evidence
     run = judge_stopping("m", "always", said(8, 0), too_few=Outcome.SKIPPED)
     assert run.outcome is Outcome.SKIPPED
-    cut = judge_stopping("m", "always", said(0, 0, 80), too_few=Outcome.SKIPPED)
+
+
+@pytest.mark.parametrize("cut_off", [2, 80])
+def test_cut_off_answers_are_undecided_even_where_few_prompts_are_skipped(cut_off):
+    cut = judge_stopping("m", "always", said(0, 0, cut_off), too_few=Outcome.SKIPPED)
     assert cut.outcome is Outcome.UNDECIDED
     assert "max_new_tokens = 64 is too small to decide" in cut.evidence
 
