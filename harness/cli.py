@@ -24,7 +24,16 @@ from harness.terminal import shown
 
 __all__ = ["main"]
 
-_COMMANDS = ("run", "verify", "review", "merge", "flatten", "analyze", "compare")
+_COMMANDS = (
+    "run",
+    "verify",
+    "stopping",
+    "review",
+    "merge",
+    "flatten",
+    "analyze",
+    "compare",
+)
 _USAGE_ERROR, _INTERNAL_ERROR, _INTERRUPTED = 2, 3, 130
 
 

@@ -16,6 +16,7 @@ from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, read_adapter
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.embedded import embedded_stack_file
 from harness.errors import InputError
+from harness.expectation import read_expectation
 from harness.locating import choose_base, locate_adapters
 from harness.stack import AdapterStack, Base, Mode, default_modes, parse_modes
 from harness.strict_json import read_toml
@@ -23,7 +24,7 @@ from harness.tensor_files import same_bytes
 
 __all__ = ["StackOptions", "resolve_stack", "stack_from_options"]
 
-_STACK_KEYS = frozenset({"name", "base", "preset", "adapters", "stops", "modes"})
+_STACK_KEYS = frozenset({"name", "base", "preset", "stopping_preset", "adapters", "stops", "modes"})
 _STYLE, _INSTRUCT = "style", "instruct"
 
 
@@ -145,7 +146,12 @@ def _declared_stack(file: Path, modes: Sequence[str]) -> AdapterStack:
         base_option=f"base in {file.name}",
     )
     stops = _stops(declared.get("stops", {}), stack, file)
-    return replace(stack, stops=stops, preset=_text(declared, "preset", file))
+    return replace(
+        stack,
+        stops=stops,
+        preset=_text(declared, "preset", file),
+        stopping_preset=_text(declared, "stopping_preset", file),
+    )
 
 
 def _text(declared: Mapping[str, Any], key: str, file: Path) -> str | None:
@@ -156,9 +162,10 @@ def _text(declared: Mapping[str, Any], key: str, file: Path) -> str | None:
 
 
 def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
-    forms = 'write "always", "never" or {min_rate = 0.9, max_rate = 1.0}'
     if not isinstance(declared, dict):
-        raise InputError("[stops] is not a table", where=file, remedy=forms)
+        raise InputError(
+            "[stops] is not a table", where=file, remedy='write e.g. stacked = "always"'
+        )
     known = {m.name for m in default_modes([a.name for a in stack.adapters])}
     known |= {m.name for m in stack.modes}
     for mode, expected in declared.items():
@@ -168,15 +175,7 @@ def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
                 where=file,
                 remedy=f"choose from: {', '.join(sorted(known))}",
             )
-        if isinstance(expected, dict):
-            sound = set(expected) <= {"min_rate", "max_rate"} and all(
-                isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1
-                for v in expected.values()
-            )
-        else:
-            sound = expected in ("always", "never")
-        if not sound or not expected:
-            raise InputError(f"[stops] {mode} = {expected!r}", where=file, remedy=forms)
+        read_expectation(expected, where=f"{file}: [stops] {mode}")
     return dict(declared)
 
 

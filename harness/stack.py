@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.errors import InputError
 
@@ -97,17 +98,20 @@ class AdapterStack:
 
     Attributes:
         name: what reports call the stack.
-        stops: the declared expectation a mode: `"always"`, `"never"`, or
-            `{"min_rate": float, "max_rate": float}` (shares of completions that end in EOS).
+        stops: the declared expectation a mode, as `harness.expectation.read_expectation` takes it:
+            `"always"`, `"never"`, or a table such as `{"min_rate": float, "max_rate": float}`
+            (shares of completions that end in EOS).
         preset: the preset that the stack's declaration names, if any.
+        stopping_preset: the one whose prompts stopping is judged on; rates need many prompts.
     """
 
     name: str
     base: Base
     adapters: tuple[Adapter, ...] = ()
     modes: tuple[Mode, ...] = ()
-    stops: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
+    stops: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
     preset: str | None = None
+    stopping_preset: str | None = None
 
     def adapter(self, name: str) -> Adapter:
         """Return the adapter called *name*; raises `InputError` if there is none."""

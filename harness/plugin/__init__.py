@@ -267,6 +267,17 @@ def lora_completions(_lora_accepted: Accepted) -> Completions:
     return _lora_accepted.completions
 
 
+@pytest.fixture(scope="session")
+def lora_stopping_completions(
+    pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_completions: Completions
+) -> Completions:
+    """`.of(mode)` over the preset that stopping is judged on; rates need many prompts."""
+    setting = pytestconfig.stash[SETTING]
+    if setting.stopping_preset == setting.preset:
+        return lora_completions
+    return Completions(lora_engine, setting.stopping_preset)
+
+
 @pytest.fixture
 def lora_completion(
     lora_completions: Completions, lora_mode: Mode, lora_prompt: Prompt

@@ -33,6 +33,7 @@ class Setting:
     drift_fails: bool = True
     _stack: AdapterStack | None = None
     _preset: Preset | None = None
+    _stopping_preset: Preset | None = None
 
     @property
     def stack(self) -> AdapterStack:
@@ -43,15 +44,25 @@ class Setting:
     @property
     def preset(self) -> Preset:
         if self._preset is None:
-            file = self.values.get("prompts")
-            self._preset = choose_preset(
-                self.values.get("preset"),
-                self.folder / file if file else None,
-                standing=self.stack.preset,
-                max_new_tokens=self.values.get("max_new_tokens"),
-                batch_size=self.values.get("batch_size"),
-            )
+            self._preset = self._choose(self.stack.preset)
         return self._preset
+
+    @property
+    def stopping_preset(self) -> Preset:
+        """What stopping is judged on: the preset that is asked for, else the stack's for that."""
+        if self._stopping_preset is None:
+            self._stopping_preset = self._choose(self.stack.stopping_preset or self.stack.preset)
+        return self._stopping_preset
+
+    def _choose(self, standing: str | None) -> Preset:
+        file = self.values.get("prompts")
+        return choose_preset(
+            self.values.get("preset"),
+            self.folder / file if file else None,
+            standing=standing,
+            max_new_tokens=self.values.get("max_new_tokens"),
+            batch_size=self.values.get("batch_size"),
+        )
 
 
 SETTING = pytest.StashKey[Setting]()
