@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from harness.adapter_files import read_adapter
@@ -235,7 +235,7 @@ def _add_random_adapter(model: Any, name: str, rank: int, generator: torch.Gener
         inference_mode=True,
     )  # fmt: skip
     with quiet_tools():
-        if hasattr(model, "peft_config"):
+        if isinstance(model, PeftModel):
             model.add_adapter(name, config, low_cpu_mem_usage=True)
         else:
             model = get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=True)
