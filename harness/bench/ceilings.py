@@ -6,7 +6,7 @@ neither this card's clocks nor its neighbours. Knows nothing of models.
 
 from __future__ import annotations
 
-import statistics
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from harness.bench.clock import synchronise
+from harness.bench.clock import cuda_event, synchronise
 
 __all__ = ["Ceilings", "better", "measure_ceilings"]
 
@@ -61,7 +61,7 @@ def measure_ceilings(device: str, dtype: str) -> Ceilings:
         size = min(size, int(torch.cuda.mem_get_info(chosen)[0] // 8))
     source = torch.ones(size, dtype=torch.uint8, device=chosen)
     target = torch.empty_like(source)
-    copy_s = _best(chosen, lambda: target.copy_(source))
+    copy_s = _best(chosen, functools.partial(target.copy_, source))
     del source, target
     side = _SIDE.get(chosen.type, _SIDE["cpu"])
     left = torch.ones(side, side, dtype=element, device=chosen)
@@ -74,7 +74,7 @@ def measure_ceilings(device: str, dtype: str) -> Ceilings:
 def _best(device: torch.device, call: Callable[[], Any]) -> float:
     """Seconds of the fastest repeat, after two that warm up; several calls are timed as one, so
     that launching hides behind computing."""
-    times = []
+    times: list[float] = []
     with torch.inference_mode():
         for _ in range(2):
             call()
@@ -82,8 +82,8 @@ def _best(device: torch.device, call: Callable[[], Any]) -> float:
         for _ in range(_REPEATS):
             if device.type == "cuda":
                 with torch.cuda.device(device):
-                    start = torch.cuda.Event(enable_timing=True)
-                    end = torch.cuda.Event(enable_timing=True)
+                    start = cuda_event()
+                    end = cuda_event()
                     start.record()
                     for _ in range(calls):
                         call()
@@ -96,4 +96,4 @@ def _best(device: torch.device, call: Callable[[], Any]) -> float:
             call()
             synchronise(str(device))
             times.append(time.perf_counter() - began)
-    return min(times) if device.type == "cuda" else statistics.quantiles(times, n=4)[0]
+    return min(times)

@@ -6,6 +6,7 @@ adds no synchronisation to the loop; start and end are synchronised. Knows nothi
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from harness.bench.cells import Round
 from harness.errors import HarnessError
 
-__all__ = ["Clock", "CudaClock", "HostClock", "clock_for", "synchronise"]
+__all__ = ["Clock", "CudaClock", "HostClock", "clock_for", "cuda_event", "synchronise"]
 
 
 class Clock(Protocol):
@@ -61,7 +62,7 @@ class CudaClock:
 
     def _record(self) -> None:
         if self._used == len(self._events):
-            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events.append(cuda_event())
         self._events[self._used].record(torch.cuda.current_stream(self._device))
         self._used += 1
 
@@ -86,9 +87,14 @@ def _round(marks: list[float], e2e: float) -> Round:
         raise HarnessError(f"{len(marks)} tokens were marked: nothing to measure between them")
     return Round(
         ttft_s=marks[0],
-        gaps_s=tuple(after - before for before, after in zip(marks, marks[1:], strict=False)),
+        gaps_s=tuple(after - before for before, after in itertools.pairwise(marks)),
         e2e_s=e2e,
     )
+
+
+def cuda_event() -> Any:
+    """A CUDA event that keeps the time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def clock_for(device: str) -> Clock:

@@ -73,7 +73,7 @@ def fingerprint(device: str) -> dict[str, Any]:
 
 
 def software(device: str) -> dict[str, Any]:
-    """Versions that a measurement depends on; a difference is said, and does not forbid comparing."""
+    """Versions that a measurement depends on; a difference is said, and forbids no comparison."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "accelerate", "lora-stack-harness"):
         with contextlib.suppress(PackageNotFoundError):
@@ -158,10 +158,9 @@ class DeviceReader:
 
     def _read_nvml(self) -> dict[str, Any]:
         nvml, handle = self._nvml, self._handle
-        reasons = getattr(
-            nvml,
-            "nvmlDeviceGetCurrentClocksEventReasons",
-            getattr(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", None),
+        old_name = "nvmlDeviceGetCurrentClocksThrottleReasons"
+        reasons: Any = getattr(
+            nvml, "nvmlDeviceGetCurrentClocksEventReasons", getattr(nvml, old_name, None)
         )
         questions: dict[str, Any] = {
             "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),

@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.bench.cells import METRICS, CellResult, percentile
-from harness.bench.results import Results
-from harness.verdict import Outcome, Verdict
+from harness.verdict import Outcome
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,10 +29,7 @@ __all__ = [
     "compare_history",
     "compare_pairs",
     "judge_changes",
-    "judge_history",
-    "judge_presence",
     "log_ratio_interval",
-    "unlike",
 ]
 
 _TRIM = 0.2  # of each end: a neighbour's burst is no change
@@ -339,10 +335,9 @@ def compare_history(
 ) -> list[Samples]:
     """Tonight against earlier *nights* (oldest first) of the same hardware.
 
-    The old side is each night's median; the floor is Student's prediction interval of one more
-    night, from the spread between nights pooled over the cells of a metric. With fewer than four
-    nights that spread is not known: rounds of the last night stand for the old side, and a change
-    must be at least 10 %.
+    The old side is the rounds of all nights. The floor is Student's prediction interval of one
+    more night, from the spread of the nights' medians, pooled over the cells of a metric. With
+    fewer than four nights that spread is not known, and a change must be at least 10 %.
     """
     from scipy import stats
 
@@ -393,130 +388,3 @@ def _within_floor(rounds: Sequence[float]) -> float:
         return math.inf
     logs = [math.log(value) for value in rounds]
     return 2 * statistics.stdev(logs) / math.sqrt(len(logs))
-
-
-def unlike(old: Results, new: Results) -> list[str]:
-    """What forbids comparing: lines `name: old, now new` of hardware and conditions that differ."""
-    lines = []
-    for part, first, second in (
-        ("hardware", old.fingerprint, new.fingerprint),
-        ("measured", old.conditions, new.conditions),
-    ):
-        for name in sorted({*first, *second}):
-            if first.get(name) != second.get(name):
-                lines.append(f"{part}: {name} was {first.get(name)!r}, is {second.get(name)!r}")
-    return lines
-
-
-def judge_presence(old: Results, new: Results) -> list[Verdict]:
-    """A verdict for each figure that was measured before and is absent, empty or skipped now."""
-    found = []
-    for key, before in old.cells.items():
-        now = new.cells.get(key)
-        if now is None:
-            reason = new.skipped.get(key)
-            evidence = [reason] if reason else ["it was measured before and is not here now"]
-            added = [name for name in new.cells if name not in old.cells]
-            if added and not reason:
-                evidence.append(f"new here: {', '.join(added[:4])}; renamed?")
-        elif any(not now.rounds[metric] for metric in METRICS):
-            evidence = ["it has no rounds"]
-        elif any(not before.rounds[metric] for metric in METRICS):
-            evidence = ["the old one has no rounds"]
-        else:
-            continue
-        found.append(
-            Verdict(
-                name=f"latency: {key}",
-                outcome=Outcome.MISSING,
-                evidence=tuple(evidence),
-                remedy="measure what was measured before, or start a new history",
-            )
-        )
-    return found
-
-
-def judge_history(
-    history: Sequence[Results], new: Results, thresholds: Thresholds | None = None
-) -> tuple[list[Verdict], list[Change]]:
-    """Tonight's results against stored ones (oldest first); one verdict a figure.
-
-    Nights that failed are shown in plots and are no reference: a regression stays one until its
-    files are taken out of the history.
-    """
-    comparable = [night for night in history if not unlike(night, new)]
-    if not comparable:
-        lines = unlike(history[-1], new) if history else ["there is no older result"]
-        verdict = Verdict(
-            name="latency: same hardware and conditions",
-            outcome=Outcome.INCOMPARABLE,
-            evidence=tuple(lines),
-            remedy="compare with results of this machine: lora-stack bench --output DIR makes them",
-        )
-        return [verdict], []
-    reference = [night for night in comparable if night.verdict in (None, "held", "incomparable")]
-    reference = reference or comparable[:1]
-    verdicts = judge_presence(reference[-1], new)
-    shared = {key: cell for key, cell in new.cells.items() if not _named(verdicts, key)}
-    changes = judge_changes(compare_history([night.cells for night in reference], shared),
-                            thresholds)  # fmt: skip
-    verdicts += as_verdicts(changes, suspects=_commits(reference, history, new))
-    return verdicts, changes
-
-
-def _named(verdicts: Sequence[Verdict], key: str) -> bool:
-    return any(verdict.name == f"latency: {key}" for verdict in verdicts)
-
-
-def _commits(
-    reference: Sequence[Results], history: Sequence[Results], new: Results
-) -> Mapping[str, str]:
-    """For each figure the commits between which it went bad: the last night that was well, and
-    the first of the unbroken row of nights that failed."""
-    ranges: dict[str, str] = {}
-    for key in new.cells:
-        for metric in METRICS:
-            name = f"{key} {metric.removesuffix('_s')}"
-            row = [*history, replace(new, failed=(name,))]
-            first = len(row) - 1
-            while first > 0 and name in row[first - 1].failed:
-                first -= 1
-            good = row[first - 1] if first > 0 else reference[-1]
-            ranges[name] = f"went bad in {_commit(good)}..{_commit(row[first])}"
-    return ranges
-
-
-def _commit(results: Results) -> str:
-    found = str(results.commit.get("id") or results.moment or "unknown")
-    return found[:12] if results.commit.get("id") else found
-
-
-def as_verdicts(changes: Sequence[Change], suspects: Mapping[str, str]) -> list[Verdict]:
-    """One verdict a figure; a failed one names the commits that it went bad between."""
-    verdicts = []
-    for change in changes:
-        interval = (
-            f" [{change.low:.3f}, {change.high:.3f}]"
-            if change.low is not None and change.high is not None
-            else ""
-        )
-        evidence = [
-            f"{change.old_s * 1e3:.3f} ms → {change.new_s * 1e3:.3f} ms, "
-            f"ratio {change.ratio:.3f}{interval}, p {change.p_adjusted:.2g} over the table",
-            *change.why,
-        ]
-        if change.outcome is Outcome.FAILED and change.samples.name in suspects:
-            evidence.append(suspects[change.samples.name])
-        verdicts.append(
-            Verdict(
-                name=f"latency: {change.samples.name}",
-                outcome=change.outcome,
-                evidence=tuple(evidence),
-                remedy={
-                    Outcome.FAILED: "look at what changed between those commits, or accept the "
-                    "new speed: start a new history",
-                    Outcome.UNDECIDED: "raise --rounds",
-                }.get(change.outcome),
-            )
-        )
-    return verdicts

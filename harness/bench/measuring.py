@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.bench.cells import Cell, CellResult, Lengths, Round, Work, summarise
 from harness.bench.ceilings import Ceilings, better, measure_ceilings
+from harness.bench.cells import Cell, CellResult, Lengths, Round, Work, summarise
 from harness.bench.clock import clock_for, synchronise
 from harness.bench.device import DeviceReader, peak_bytes, reset_peak
 from harness.bench.roofline import ModelArithmetic, arithmetic_of
@@ -30,7 +31,16 @@ if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
     from harness.engines.random_weights import RandomEngine
 
-__all__ = ["CellMeasurer", "Measurer", "default_lengths", "interleaved"]
+__all__ = [
+    "CellMeasurer",
+    "Measurer",
+    "Visit",
+    "collected",
+    "default_lengths",
+    "interleaved",
+    "measurable",
+    "visit_all",
+]
 
 _ROOM = 1.1  # of the merged weights: what the copies' temporaries take
 
@@ -203,6 +213,55 @@ class Measurer:
         return summarise(cell, rounds, prefill=prefill, decode=decode, **more)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """One round of one cell, and what was seen around it."""
+
+    round: Round
+    switch_s: float
+    peak_bytes: int
+    state: Mapping[str, Any] | None
+
+
+def visit_all(
+    measurer: Measurer,
+    cells: Sequence[Cell],
+    *,
+    seed: int,
+    warming: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Visit]:
+    """One round of every cell, in an order drawn from *seed*; nothing counts while *warming*.
+
+    A mode is entered once for all its cells. A short generation after entering takes up what the
+    change left cold, and does not count.
+    """
+    groups: dict[tuple[Mode, Application], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.mode, cell.application), []).append(cell)
+    keys = list(groups)
+    random.Random(seed).shuffle(keys)
+    visits: dict[str, Visit] = {}
+    for place, key in enumerate(keys):
+        with measurer.applied(*key) as (model, seconds):
+            for cell in groups[key]:
+                one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+                if warming:
+                    one.warm_up(whole=True)
+                    continue
+                reset_peak(measurer.device)
+                one.warm_up(whole=False)
+                visits[cell.key] = Visit(
+                    round=one(),
+                    switch_s=seconds,
+                    peak_bytes=peak_bytes(measurer.device),
+                    state=measurer.reader.read(),
+                )
+        if progress is not None:
+            progress((place + 1) / len(keys))
+    return visits
+
+
 def interleaved(
     measurer: Measurer,
     cells: Sequence[Cell],
@@ -211,74 +270,70 @@ def interleaved(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[list[CellResult], dict[str, str]]:
-    """*rounds* rounds over all *cells*, in another order each round.
+    """*rounds* rounds over all *cells*, in another order each round, after one that warms up.
 
-    A mode is entered once a round for all its cells; a short generation after entering takes up
-    what the change left cold, and does not count. Compiled cells are measured one after the
-    other instead: entering a mode anew would compile anew.
+    Compiled cells are measured one after the other instead: entering a mode anew would compile
+    anew.
 
     Returns:
         The results in the order of *cells*, and for those that cannot be measured here the reason
         by key.
     """
-    skipped: dict[str, str] = {}
+    possible, skipped = measurable(measurer, cells)
+    compiled = [cell for cell in possible if cell.decoding == Decoding.COMPILED]
+    visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
+    in_turn = [cell for cell in possible if cell not in compiled]
+    for number in range(rounds + 1):
+
+        def report(part: float, number: int = number) -> None:
+            if progress is not None:
+                progress((number + part) / (rounds + 1))
+
+        found = visit_all(
+            measurer, in_turn, seed=seed + number, warming=number == 0, progress=report
+        )
+        for key, visit in found.items():
+            visits[key].append(visit)
+    for cell in compiled:
+        visits[cell.key] = _compiled(measurer, cell, rounds)
+    return [collected(measurer, cell, visits[cell.key]) for cell in possible], skipped
+
+
+def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
+    """The cells that can be measured here, and the reasons of the others by key."""
+    possible, skipped = [], {}
     for cell in cells:
         try:
             measurer.check(cell)
         except InputError as error:
             skipped[cell.key] = str(error)
-    left = [cell for cell in cells if cell.key not in skipped]
-    compiled = [cell for cell in left if cell.decoding == Decoding.COMPILED]
-    groups: dict[tuple[Mode, Application], list[Cell]] = {}
-    for cell in left:
-        if cell in compiled:
-            continue
-        groups.setdefault((cell.mode, cell.application), []).append(cell)
-    made: dict[str, list[Round]] = {cell.key: [] for cell in left}
-    switches: dict[str, list[float]] = {cell.key: [] for cell in left}
-    peaks: dict[str, int] = {}
-    states: dict[str, list[Any]] = {cell.key: [] for cell in left}
-    order = random.Random(seed)
-    for number in range(rounds + 1):  # the first warms up, whole, and does not count
-        keys = list(groups)
-        order.shuffle(keys)
-        for place, key in enumerate(keys):
-            with measurer.applied(*key) as (model, seconds):
-                for cell in groups[key]:
-                    one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-                    if number == 0:
-                        one.warm_up(whole=True)
-                        continue
-                    reset_peak(measurer.device)
-                    one.warm_up(whole=False)
-                    made[cell.key].append(one())
-                    switches[cell.key].append(seconds)
-                    peaks[cell.key] = max(peaks.get(cell.key, 0), peak_bytes(measurer.device))
-                    state = measurer.reader.read()
-                    if state is not None:
-                        states[cell.key].append(dict(state))
-            if progress is not None:
-                progress((number + (place + 1) / len(keys)) / (rounds + 1))
-    for cell in compiled:
-        torch.compiler.reset()
-        reset_peak(measurer.device)
-        with measurer.applied(cell.mode, cell.application) as (model, seconds):
-            one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-            for _ in range(3):  # compile, capture the graph, replay it
-                one.warm_up(whole=True)
-            made[cell.key] = [one() for _ in range(rounds)]
-        switches[cell.key].append(seconds)
-        peaks[cell.key] = peak_bytes(measurer.device)
-    results = [
-        measurer.result(
-            cell,
-            made[cell.key],
-            switch_s=tuple(switches[cell.key]),
-            peak_bytes=peaks.get(cell.key),
-            device_states=tuple(states[cell.key]),
-        )
-        for cell in left
-    ]
-    return results, skipped
+        else:
+            possible.append(cell)
+    return possible, skipped
 
 
+def collected(measurer: Measurer, cell: Cell, visits: Sequence[Visit]) -> CellResult:
+    """The result of *cell* from its visits."""
+    return measurer.result(
+        cell,
+        [visit.round for visit in visits],
+        switch_s=tuple(dict.fromkeys(visit.switch_s for visit in visits)),
+        peak_bytes=max((visit.peak_bytes for visit in visits), default=None),
+        device_states=tuple(dict(visit.state) for visit in visits if visit.state is not None),
+    )
+
+
+def _compiled(measurer: Measurer, cell: Cell, rounds: int) -> list[Visit]:
+    torch.compiler.reset()
+    reset_peak(measurer.device)
+    with measurer.applied(cell.mode, cell.application) as (model, seconds):
+        one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+        for _ in range(3):  # compile, capture the graph, replay it
+            one.warm_up(whole=True)
+        return [
+            Visit(
+                round=one(), switch_s=seconds, peak_bytes=peak_bytes(measurer.device),
+                state=measurer.reader.read(),
+            )
+            for _ in range(rounds)
+        ]  # fmt: skip

@@ -21,7 +21,14 @@ from harness.bench.cells import METRICS, CellResult, Work
 from harness.errors import InputError
 from harness.strict_json import read_json_object
 
-__all__ = ["Results", "as_benchmark_json", "cell_as_json", "read_results", "session_as_json"]
+__all__ = [
+    "Results",
+    "as_benchmark_json",
+    "cell_as_json",
+    "read_results",
+    "results_in",
+    "session_as_json",
+]
 
 FORMAT = 1
 _REMEDY = "measure it again: lora-stack bench --output DIR, or pytest --benchmark-json=FILE"
@@ -169,7 +176,15 @@ def read_results(path: Path) -> Results:
     Raises:
         InputError: no such file, no JSON, no results of ours in it, or a cell that is broken.
     """
-    document = read_json_object(path, what="a file of results", remedy=_REMEDY)
+    return results_in(read_json_object(path, what="a file of results", remedy=_REMEDY), str(path))
+
+
+def results_in(document: Mapping[str, Any], path: str) -> Results:
+    """The results in a document of that form; *path* says where errors are.
+
+    Raises:
+        InputError: as `read_results`.
+    """
     session, listed = document.get("lora_stack"), document.get("benchmarks")
     if not isinstance(session, dict) or not isinstance(listed, list):
         raise InputError("holds no latency results of this harness", where=path, remedy=_REMEDY)
@@ -210,14 +225,14 @@ def read_results(path: Path) -> Results:
         load_s=float(load_s) if isinstance(load_s, int | float) else None,
         commit=commit if isinstance(commit, dict) else {},
         moment=str(document.get("datetime", "")),
-        source=str(path),
+        source=path,
         verdict=document["verdict"] if isinstance(document.get("verdict"), str) else None,
         failed=tuple(failing),
         **parts,  # type: ignore[arg-type]
     )
 
 
-def _cell(value: Any, path: Path) -> CellResult:
+def _cell(value: Any, path: str) -> CellResult:
     try:
         rounds = {
             metric: tuple(_seconds(number) for number in value["rounds"][metric])

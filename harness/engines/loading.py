@@ -133,7 +133,10 @@ def load_base(
             where=where / "config.json",
             remedy="pass --trust-remote-code if you trust that code",
         )
-    with quiet_tools(), _as_input_error(where, "check config.json against the weights and transformers"):
+    with (
+        quiet_tools(),
+        _as_input_error(where, "check config.json against the weights and transformers"),
+    ):
         model = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
