@@ -56,7 +56,7 @@ def serve(measurer: Measurer, cells: Sequence[Cell], requests: TextIO, answers: 
         _answer(answers, {"done": int(line)})
     measurer.close_ceilings()
     made = [collected(measurer, cell, visits[cell.key]) for cell in possible]
-    _answer(answers, as_benchmark_json(results_of(measurer, made, skipped)))
+    _answer(answers, as_benchmark_json(results_of(measurer, made, skipped, in_turn=True)))
 
 
 def _answer(answers: TextIO, value: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ class Results:
         software: versions.
         ceilings: `copy_bytes_per_s`, `matmul_flops`, `matmul_dtype`; empty where not measured.
         stack: name, base and adapters in words; `random` is True for a shape without weights.
+        in_turn: whether round n of every cell ran in one turn, so that rounds pair up.
         commit: `id`, `time`, `branch` as pytest-benchmark records them.
         moment: ISO 8601, UTC.
         verdict: of the gate that judged these results, where one did.
@@ -60,6 +61,7 @@ class Results:
     ceilings: Mapping[str, Any] = field(default_factory=dict)
     stack: Mapping[str, Any] = field(default_factory=dict)
     load_s: float | None = None
+    in_turn: bool = False
     commit: Mapping[str, Any] = field(default_factory=dict)
     moment: str = ""
     source: str = ""
@@ -92,6 +94,7 @@ def session_as_json(results: Results) -> dict[str, Any]:
         "software": dict(results.software),
         "ceilings": dict(results.ceilings),
         "load_s": results.load_s,
+        "in_turn": results.in_turn,
         "skipped": dict(results.skipped),
     }
 
@@ -223,6 +226,7 @@ def results_in(document: Mapping[str, Any], path: str) -> Results:
     return Results(
         cells=cells,
         load_s=float(load_s) if isinstance(load_s, int | float) else None,
+        in_turn=session.get("in_turn") is True,
         commit=commit if isinstance(commit, dict) else {},
         moment=str(document.get("datetime", "")),
         source=path,

@@ -34,6 +34,7 @@ def results_of(
     cells: Iterable[CellResult],
     skipped: Mapping[str, str] | None = None,
     *,
+    in_turn: bool = False,
     commit: Mapping[str, Any] | None = None,
 ) -> Results:
     """Everything that this session measured, with what it was measured on."""
@@ -47,6 +48,7 @@ def results_of(
         ceilings=ceilings.as_json() if ceilings is not None else {},
         stack=describe_stack(measurer.engine.stack),
         load_s=measurer.load_s,
+        in_turn=in_turn,
         commit=commit_here() if commit is None else commit,
         moment=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
