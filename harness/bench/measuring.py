@@ -197,15 +197,16 @@ class Measurer:
             yield model, seconds
 
     @contextlib.contextmanager
-    def entered(self, cell: Cell) -> Iterator[CellMeasurer]:
-        """*cell*, ready for rounds; `result` turns what was measured into values.
+    def entered(self, cell: Cell) -> Iterator[tuple[CellMeasurer, float]]:
+        """*cell*, ready for rounds, and the seconds that entering took; `result` turns what was
+        measured into values.
 
         Raises:
             InputError: it cannot be measured here (`check`).
         """
         self.check(cell)
-        with self.applied(cell.mode, cell.application) as (model, _):
-            yield CellMeasurer(model, cell, self.device, self.vocabulary)
+        with self.applied(cell.mode, cell.application) as (model, seconds):
+            yield CellMeasurer(model, cell, self.device, self.vocabulary), seconds
 
     def result(self, cell: Cell, rounds: Sequence[Round], **more: Any) -> CellResult:
         """The rounds of *cell* with the work that they had to do."""

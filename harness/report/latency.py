@@ -29,6 +29,7 @@ __all__ = [
     "as_markdown",
     "cell_rows",
     "history_rows",
+    "label",
     "markers",
     "sparkline",
     "write_latency",
@@ -93,6 +94,7 @@ def cell_rows(results: Results) -> list[dict[str, Any]]:
             continue
         rows.append(
             {
+                "cell": label(cell.mode, cell.application, cell.decoding, cell.batch_size),
                 "mode": cell.mode,
                 "application": cell.application,
                 "decoding": cell.decoding,
@@ -173,29 +175,35 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
 
 
 _COLUMNS = {
-    "mode": "mode", "application": "application", "decoding": "decoding", "batch": "batch",
+    "cell": "cell",
     "ttft_ms": "TTFT ms", "itl_p50_ms": "ITL p50 ms", "itl_p90_ms": "p90", "itl_p99_ms": "p99",
     "e2e_ms": "end to end ms", "output_tokens_per_s": "tokens/s",
-    "prefill_tokens_per_s": "prefill tokens/s", "decode_share": "decode, share of ceiling",
-    "prefill_share": "prefill, share of ceiling", "switch_ms": "switch ms", "peak_gib": "peak GiB",
+    "prefill_tokens_per_s": "prefill tokens/s", "decode_share": "decode, % of ceiling",
+    "prefill_share": "prefill, % of ceiling", "switch_ms": "switch ms", "peak_gib": "peak GiB",
     "rounds": "rounds",
 }  # fmt: skip
 
 
-def _shown(name: str, value: Any) -> str:
-    if name.endswith("_share"):
-        return "–" if value is None else f"{value:.1%}"
-    return show(value)
+def label(mode: str, application: str, decoding: str, batch_size: int) -> str:
+    """How people are told which cell: `stacked live, batch 8`."""
+    how = "" if application == "none" else f" {application}"
+    return f"{mode}{how}{'' if decoding == 'dynamic' else f' {decoding}'}, batch {batch_size}"
 
 
-def _overhead_cells(row: OverheadRow) -> list[str]:
-    return [
-        row.mode, row.application, row.decoding, str(row.batch_size), row.against,
-        *(f"{ratio:.3f} [{low:.3f}, {high:.3f}]" for ratio, low, high in (row.tpot, row.ttft)),
-    ]  # fmt: skip
+def _figure(name: str, value: Any) -> Any:
+    return value * 100 if name.endswith("_share") and value is not None else value
 
 
-_OVERHEAD_HEAD = ["mode", "application", "decoding", "batch", "against", "TPOT ratio", "TTFT ratio"]
+def _overhead_row(row: OverheadRow) -> list[Any]:
+    name = label(row.mode, row.application, row.decoding, row.batch_size)
+    return [f"{name} / {row.against}", *row.tpot, *row.ttft]
+
+
+_OVERHEAD_HEAD = ["cell", "TPOT ratio", "low", "high", "TTFT ratio", "low", "high"]
+
+
+def _overhead_table(rows: Sequence[OverheadRow]) -> str:
+    return table(_OVERHEAD_HEAD, [[show(value) for value in _overhead_row(row)] for row in rows])
 
 
 def _environment(results: Results) -> list[tuple[str, str]]:
@@ -245,17 +253,16 @@ def as_markdown(report: LatencyReport) -> str:
             for v in (bad or report.verdicts)
         ])]  # fmt: skip
     lines += ["", "## Figures", "", table(list(_COLUMNS.values()), [
-        [_shown(name, row[name]) for name in _COLUMNS] for row in cell_rows(results)
+        [show(_figure(name, row[name])) for name in _COLUMNS] for row in cell_rows(results)
     ])]  # fmt: skip
     overhead = overhead_rows(results)
     if overhead:
         how = "rounds in turn, pairs" if results.in_turn else "rounds apart, unpaired"
-        lines += ["", "## What adapters cost", "", f"Ratios with 95 % intervals ({how}).", "",
-                  table(_OVERHEAD_HEAD, [_overhead_cells(row) for row in overhead])]  # fmt: skip
+        lines += ["", "## What adapters cost", "", f"Ratios with 95 % intervals ({how})."]
+        lines += ["", _overhead_table(overhead)]
     decoding = decoding_rows(results)
     if decoding:
-        lines += ["", "## What another way of decoding brings", "",
-                  table(_OVERHEAD_HEAD, [_overhead_cells(row) for row in decoding])]  # fmt: skip
+        lines += ["", "## What another way of decoding brings", "", _overhead_table(decoding)]
     if report.history:
         lines += ["", f"## The last {min(_NIGHTS, len(report.history) + 1)} nights", "",
                   table(["cell", "figure", "nights", "now ms"], [
@@ -273,9 +280,7 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
             "text": "Medians over the rounds; gaps between tokens pooled. A share of the ceiling "
             "is the roofline's time over the measured one.",
             "head": list(_COLUMNS.values()),
-            "rows": [
-                [_percent(name, row[name]) for name in _COLUMNS] for row in cell_rows(results)
-            ],
+            "rows": [[_figure(name, row[name]) for name in _COLUMNS] for row in cell_rows(results)],
         }
     ]
     for title, rows in (
@@ -289,7 +294,7 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
                     "title": title,
                     "text": f"Ratios with 95 % bootstrap intervals. {how}",
                     "head": _OVERHEAD_HEAD,
-                    "rows": [_overhead_cells(row) for row in rows],
+                    "rows": [_overhead_row(row) for row in rows],
                 }
             )
     if report.changes:
@@ -321,10 +326,6 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
             }
         )
     return made
-
-
-def _percent(name: str, value: Any) -> Any:
-    return _shown(name, value) if name.endswith("_share") else value
 
 
 def write_latency(report: LatencyReport, folder: Path) -> Path:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from harness.bench.overhead import decoding_rows, overhead_rows
 from harness.page import cell as show
-from harness.report.latency import LatencyReport, cell_rows, markers
+from harness.report.latency import LatencyReport, cell_rows, label, markers
 from harness.terminal import shown
 
 if TYPE_CHECKING:
@@ -41,16 +41,11 @@ def print_latency(out: Console, report: LatencyReport, output: str | None) -> No
         out.print(f"report: {shown(output)}")
 
 
-def _how(application: str, decoding: str) -> str:
-    return application if decoding == "dynamic" else f"{application}, {decoding}"
-
-
 def _figures(out: Console, report: LatencyReport) -> None:
-    table = Table(box=box.SIMPLE_HEAD, caption="ms; shares are of the ceiling measured here")
-    heads = ("mode", "applied", "b", "TTFT", "ITL p50", "p99", "tok/s", "decode", "prefill",
-             "switch")  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, caption="ms; decode and prefill: share of the ceiling")
+    heads = ("", "TTFT", "ITL", "p99", "tokens/s", "decode", "prefill", "switch")
     for place, head in enumerate(heads):
-        table.add_column(head, justify="left" if place < 2 else "right", no_wrap=place > 1)
+        table.add_column(head, justify="right" if place else "left", no_wrap=place > 0)
     for row in cell_rows(report.results):
         shares = [
             "–" if row[name] is None else f"{row[name]:.1%}"
@@ -58,9 +53,7 @@ def _figures(out: Console, report: LatencyReport) -> None:
         ]
         numbers = ("ttft_ms", "itl_p50_ms", "itl_p99_ms", "output_tokens_per_s")
         table.add_row(
-            row["mode"],
-            _how(row["application"], row["decoding"]),
-            str(row["batch"]),
+            shown(row["cell"]),
             *(show(row[name], 3) for name in numbers),
             *shares,
             show(row["switch_ms"], 3),
@@ -77,12 +70,10 @@ def _ratios(out: Console, report: LatencyReport) -> None:
         if not rows:
             continue
         table = Table(box=box.SIMPLE_HEAD, title=title)
-        for place, head in enumerate(("mode", "applied", "b", "ratio", "95 % interval")):
-            table.add_column(head, justify="left" if place < 2 else "right")
+        for place, head in enumerate(("", "ratio", "95 % interval")):
+            table.add_column(head, justify="right" if place else "left")
         for row in rows:
             ratio, low, high = row.tpot
-            table.add_row(
-                row.mode, _how(row.application, row.decoding), str(row.batch_size),
-                f"× {ratio:.3f}", f"{low:.3f} – {high:.3f}",
-            )  # fmt: skip
+            name = label(row.mode, row.application, row.decoding, row.batch_size)
+            table.add_row(shown(name), f"× {ratio:.3f}", f"{low:.3f} – {high:.3f}")
         out.print(table)
