@@ -301,8 +301,13 @@ def interleaved(
 
 
 def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """The cells that can be measured here, and the reasons of the others by key."""
-    possible, skipped = [], {}
+    """The cells that can be measured here, and the reasons of the others by key.
+
+    Raises:
+        InputError: there is none.
+    """
+    possible: list[Cell] = []
+    skipped: dict[str, str] = {}
     for cell in cells:
         try:
             measurer.check(cell)
@@ -310,6 +315,11 @@ def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], d
             skipped[cell.key] = str(error)
         else:
             possible.append(cell)
+    if not possible:
+        raise InputError(
+            f"no cell can be measured here: {next(iter(skipped.values()), 'none was asked for')}",
+            where=measurer.engine.stack.name,
+        )
     return possible, skipped
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 
 def measure(shape: str, *, rounds: int, device: str | None, output_tokens: int) -> dict[str, Any]:
-    """Seconds a generation, by way: `bare`, `measured`, and `bare again`; in turn."""
+    """Seconds a generation, by way: `bare`, `measured`, and `bare again`; in turn. `seconds` by
+    the wall, `processor` of this process (which waits for a GPU by spinning or sleeping: only on
+    a CPU is it the cost)."""
     from harness.bench.cells import Lengths, cells_of
     from harness.bench.clock import clock_for, synchronise
     from harness.bench.measuring import Measurer
@@ -45,6 +47,7 @@ def measure(shape: str, *, rounds: int, device: str | None, output_tokens: int) 
 
             ways = {"bare": bare, "measured": measured, "bare again": bare}
             times: dict[str, list[float]] = {way: [] for way in ways}
+            processor: dict[str, list[float]] = {way: [] for way in ways}
             order = random.Random(0)
             import torch
 
@@ -52,12 +55,16 @@ def measure(shape: str, *, rounds: int, device: str | None, output_tokens: int) 
                 for number in range(rounds + 2):
                     for way in order.sample(list(ways), len(ways)):
                         synchronise(engine.device)
-                        start = time.perf_counter()
+                        start, busy = time.perf_counter(), time.process_time()
                         ways[way]()
                         synchronise(engine.device)
                         if number >= 2:  # the first two warm up
                             times[way].append(time.perf_counter() - start)
-        return {"device": engine.device, "dtype": engine.dtype, "seconds": times}
+                            processor[way].append(time.process_time() - busy)
+        return {
+            "device": engine.device, "dtype": engine.dtype, "seconds": times,
+            "processor": processor,
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -74,16 +81,18 @@ def main() -> None:
         arguments.shape, rounds=arguments.rounds, device=arguments.device,
         output_tokens=arguments.output_tokens,
     )  # fmt: skip
-    seconds = found["seconds"]
     print(f"random:{arguments.shape}, {found['device']}, {found['dtype']}, stacked, live, batch 1, "
           f"16 + {arguments.output_tokens} tokens, {arguments.rounds} rounds in turn")  # fmt: skip
-    for way, values in seconds.items():
-        print(f"  {way:<12}{percentile(values, 50) * 1e3:>10.3f} ms, median")
-    for way in ("measured", "bare again"):
-        ratio, low, high = log_ratio_interval(
-            seconds["bare"], seconds[way], paired=True, confidence=0.95
+    for clock, seconds in (("wall", found["seconds"]), ("processor", found["processor"])):
+        medians = ", ".join(
+            f"{way} {percentile(values, 50) * 1e3:.3f} ms" for way, values in seconds.items()
         )
-        print(f"  {way} / bare: {ratio - 1:+.2%} [{low - 1:+.2%}, {high - 1:+.2%}]")
+        print(f"  {clock}: medians {medians}")
+        for way in ("measured", "bare again"):
+            ratio, low, high = log_ratio_interval(
+                seconds["bare"], seconds[way], paired=True, confidence=0.95
+            )
+            print(f"    {way} / bare: {ratio - 1:+.2%} [{low - 1:+.2%}, {high - 1:+.2%}]")
 
 
 if __name__ == "__main__":
