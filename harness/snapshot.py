@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from syrupy.data import SnapshotCollection, SnapshotCollections
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
@@ -106,8 +107,6 @@ def _settings(settings: GenerationSettings) -> dict[str, Any]:
 
 def write_form(snapshot: Snapshot) -> str:
     """The stored form of *snapshot*."""
-    import tomli_w  # reading, and every suite but the snapshots', needs none of it
-
     return _HEAD + tomli_w.dumps(
         {
             "form": _FORM,

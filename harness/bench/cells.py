@@ -194,9 +194,15 @@ class CellResult:
         return self.batch_size * self.input_tokens / self.median("ttft_s")
 
 
-def summarise(cell: Cell, rounds: Sequence[Round], **more: Any) -> CellResult:
-    """The result of *cell* from its rounds; *more* are further fields of `CellResult`."""
-    gaps = [gap for one in rounds for gap in one.gaps_s]
+def summarise(
+    cell: Cell, rounds: Sequence[Round], *, gaps_s: Sequence[float] | None = None, **more: Any
+) -> CellResult:
+    """The result of *cell* from its rounds; *more* are further fields of `CellResult`.
+
+    Args:
+        gaps_s: the gaps to describe, where more was measured than the rounds.
+    """
+    gaps = list(gaps_s) if gaps_s is not None else [g for one in rounds for g in one.gaps_s]
     itl = {"mean": sum(gaps) / len(gaps)} if gaps else {}
     itl |= {f"p{p}": percentile(gaps, p) for p in (50, 90, 99)} if gaps else {}
     return CellResult(

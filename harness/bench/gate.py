@@ -267,67 +267,70 @@ def _middle(samples: Samples) -> float:
 
 
 def compare_pairs(
-    old: Mapping[str, CellResult],
-    new: Mapping[str, CellResult],
-    again: Mapping[str, CellResult] | None = None,
+    old: Sequence[Mapping[str, CellResult]], new: Sequence[Mapping[str, CellResult]]
 ) -> list[Samples]:
     """Rounds that ran in turn, as pairs; cells that both sides have.
 
     Args:
-        again: the old side measured a second time in the same turns (A against A). Its spread
-            over all cells is the noise floor: what one process shows against an equal one.
-            Without it the floor is what each side shows against itself, round to next round.
+        old, new: by launch: each side was started several times, and its rounds spread over them.
+            What launches of one side show against each other is the noise floor (A against A).
+            With one launch it is what rounds of one side show against the next.
     """
-    floors = {metric: _pair_floor(old, new, again, metric) for metric in METRICS}
+    keys = [key for key in old[0] if key in new[0]]
+    floors = {metric: _pair_floor(old, new, keys, metric) for metric in METRICS}
     table = []
-    for key in [key for key in old if key in new]:
+    for key in keys:
         for metric in METRICS:
-            first, second = old[key].rounds[metric], new[key].rounds[metric]
-            count = min(len(first), len(second))
-            if count:
+            pairs: list[tuple[float, float]] = []
+            for before, after in zip(old, new, strict=True):
+                first, second = before[key].rounds[metric], after[key].rounds[metric]
+                pairs += zip(first, second, strict=False)
+            if pairs:
                 table.append(
                     Samples(
-                        key=key, metric=metric, old=first[:count], new=second[:count], paired=True,
-                        floor=floors[metric],
+                        key=key, metric=metric, old=tuple(pair[0] for pair in pairs),
+                        new=tuple(pair[1] for pair in pairs), paired=True, floor=floors[metric],
                     )
                 )  # fmt: skip
     return table
 
 
 def _pair_floor(
-    old: Mapping[str, CellResult],
-    new: Mapping[str, CellResult],
-    again: Mapping[str, CellResult] | None,
+    old: Sequence[Mapping[str, CellResult]],
+    new: Sequence[Mapping[str, CellResult]],
+    keys: Sequence[str],
     metric: str,
 ) -> float:
     """How far equal things may lie apart in this metric, as a log ratio.
 
-    Root mean square over cells of the change that A shows against A, times Student's quantile at
-    the family's level: one cell's own A/A is a single draw, the table's are many.
+    The spread of one side's launches about their mean, pooled over cells and sides, as the
+    standard error of a difference of two such means, times Student's quantile at the family's
+    level: one cell's own A/A is a single draw, the table's are many.
     """
     import numpy as np
     from scipy import stats
 
-    changes: list[float] = []
-    for key in old:
-        if again is not None and key in again:
-            first, second = old[key].rounds[metric], again[key].rounds[metric]
-            count = min(len(first), len(second))
-            if count:
-                logs = np.log(second[:count]) - np.log(first[:count])
-                changes.append(float(stats.trim_mean(logs, _TRIM)))
-            continue
+    squares, freedom = 0.0, 0
+    for key in keys:
         for side in (old, new):
-            rounds = side[key].rounds[metric] if key in side else ()
-            if len(rounds) >= 4:
-                logs = np.diff(np.log(rounds))[::2]
+            rounds = [launch[key].rounds[metric] for launch in side if launch[key].rounds[metric]]
+            if len(rounds) == 1:
                 # Half as many pairs, of rounds further apart in time, as in the comparison.
-                changes.append(float(stats.trim_mean(logs, _TRIM)))
-    if not changes:
+                parts = [np.log(rounds[0][half::2]) for half in (0, 1)]
+            else:
+                parts = [np.log(values) for values in rounds]
+            centres = [float(stats.trim_mean(part, _TRIM)) for part in parts if len(part)]
+            if len(centres) < 2:
+                continue
+            middle = statistics.fmean(centres)
+            squares += sum((centre - middle) ** 2 for centre in centres)
+            freedom += len(centres) - 1
+    if not freedom:
         return math.inf
-    spread = math.sqrt(statistics.fmean(change**2 for change in changes))
-    level = _FAMILY / (2 * len(METRICS) * max(1, len(old)))
-    return float(spread * stats.t.ppf(1 - level, max(1, len(changes))))
+    launches = max(2, len(old))
+    level = _FAMILY / (2 * len(METRICS) * max(1, len(keys)))
+    quantile = float(stats.t.ppf(1 - level, freedom))
+    return quantile * math.sqrt(squares / freedom) * math.sqrt(2 / launches)
 
 
 def compare_history(

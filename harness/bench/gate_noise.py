@@ -1,6 +1,6 @@
 """Record how equal things differ: several processes of one command, their rounds in turn.
 
-    python -m harness.bench.gate_noise FILE [--processes 4] [--rounds 40] [-- BENCH OPTIONS]
+    python -m harness.bench.gate_noise FILE [--processes 8] [--rounds 20] [-- BENCH OPTIONS]
 
 Writes the times of every cell, round and process; `harness.bench.gate_simulation` draws from them.
 The file in `fixtures/latency/noise.json` was made so, on the machine it names.
@@ -24,8 +24,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("options", nargs="*", default=_DEFAULT)
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "harness.cli", "bench", "--serve", *arguments.options]

@@ -3,11 +3,11 @@
     python -m harness.bench.gate_simulation [--nights 1000] [--noise fixtures/latency/noise.json]
 
 A night is a table of 90 figures (30 cells × 3 metrics) over 20 rounds. Both sides are drawn from
-recorded processes that measured the same thing: two (and a third, measured again) of them at
-random, their rounds in blocks of five, the same rounds on all sides and in all cells, so that what
-one process has against another, what drifts, and what a neighbour's burst does to all cells at
-once stay in. Then the new side is made slower, by a share, in every cell or in one. The same is
-done with a stored history: seven earlier nights and this one, a process each.
+recorded processes that measured the same thing: four launches a side, at random without repeats,
+five consecutive rounds of each, the same rounds on both sides and in all cells, so that what one
+process has against another, what drifts, and what a neighbour's burst does to all cells at once
+stay in. Then the new side is made slower, by a share, in every cell or in one. The same is done
+with a stored history: seven earlier nights and this one, a process each.
 
 Prints the share of nights with a false alarm (with the 95 % upper bound of Clopper and Pearson)
 and the share of slowed figures that were found.
@@ -56,6 +56,7 @@ class Rates:
 
 
 Noise = Sequence[Mapping[str, Mapping[str, Sequence[float]]]]
+Side = dict[str, CellResult]
 
 
 def read_noise(path: Path = NOISE) -> Noise:
@@ -84,14 +85,18 @@ def simulate(
     random = np.random.default_rng(seed)
     alarms = found = slowed = 0
     for _ in range(nights):
-        sides = _sides(noise, random, rounds, 3 if not history else history + 1)
-        old, new = sides[0], sides[-1]
-        keys = list(new) if everywhere else list(new)[:1]
-        targets = set(keys) if shift else set()
-        new = {
-            key: _slower(cell, 1 + shift) if key in targets else cell for key, cell in new.items()
-        }
-        table = compare_history(sides[:-1], new) if history else compare_pairs(old, new, sides[1])
+        keys = [f"{key} {copy}" for copy in range(_COPIES) for key in noise[0]]
+        targets = set(keys if everywhere else keys[:1]) if shift else set()
+
+        def slowed_down(side: Side, targets: set[str] = targets) -> Side:
+            return {k: _slower(c, 1 + shift) if k in targets else c for k, c in side.items()}
+
+        if history:
+            *nights_before, tonight = _nights(noise, random, rounds, history + 1)
+            table = compare_history(nights_before, slowed_down(tonight))
+        else:
+            old, new = _launches(noise, random, rounds)
+            table = compare_pairs(old, [slowed_down(launch) for launch in new])
         failed = {
             (change.samples.key, change.samples.metric)
             for change in judge_changes(table, intervals=False)
@@ -103,29 +108,49 @@ def simulate(
     return Rates(nights=nights, alarms=alarms, found=found, slowed=slowed)
 
 
-def _sides(
-    noise: Noise, random: np.random.Generator, rounds: int, count: int
-) -> list[dict[str, CellResult]]:
-    """*count* draws, each of one process (without repeats as long as there are enough)."""
-    chosen = random.choice(len(noise), size=count, replace=count > len(noise))
-    recorded = len(next(iter(noise[0].values()))["e2e_s"])
-    paired = count == 3
-    sides: list[dict[str, CellResult]] = [{} for _ in chosen]
+def _launches(
+    noise: Noise, random: np.random.Generator, rounds: int
+) -> tuple[list[Side], list[Side]]:
+    """Both sides, a launch a recorded process; rounds pair up within a launch."""
+    count = rounds // _BLOCK
+    chosen = random.choice(len(noise), size=2 * count, replace=2 * count > len(noise))
+    old: list[Side] = [{} for _ in range(count)]
+    new: list[Side] = [{} for _ in range(count)]
     for copy in range(_COPIES):
-        shared = _blocks(random, recorded, rounds)
-        for side, process in zip(sides, chosen, strict=True):
-            # Nights share no rounds; pairs do.
-            places = shared if paired else _blocks(random, recorded, rounds)
-            for key, metrics in noise[int(process)].items():
-                side[f"{key} {copy}"] = _cell(f"{key} {copy}", {
-                    metric: tuple(metrics[metric][place] for place in places) for metric in METRICS
-                })  # fmt: skip
-    return sides
+        for launch in range(count):
+            places = _block(random, noise)
+            for sides, process in ((old, chosen[2 * launch]), (new, chosen[2 * launch + 1])):
+                sides[launch] |= _drawn(noise[int(process)], places, copy)
+    return old, new
 
 
-def _blocks(random: np.random.Generator, recorded: int, rounds: int) -> list[int]:
-    starts = random.integers(0, recorded - _BLOCK + 1, size=-(-rounds // _BLOCK))
-    return [int(start) + step for start in starts for step in range(_BLOCK)][:rounds]
+def _nights(noise: Noise, random: np.random.Generator, rounds: int, count: int) -> list[Side]:
+    """*count* nights, a recorded process each; nights share no rounds."""
+    chosen = random.choice(len(noise), size=count, replace=count > len(noise))
+    nights: list[Side] = [{} for _ in chosen]
+    for copy in range(_COPIES):
+        for night, process in zip(nights, chosen, strict=True):
+            places = [p for _ in range(rounds // _BLOCK) for p in _block(random, noise)]
+            night |= _drawn(noise[int(process)], places, copy)
+    return nights
+
+
+def _block(random: np.random.Generator, noise: Noise) -> list[int]:
+    recorded = len(next(iter(noise[0].values()))["e2e_s"])
+    start = int(random.integers(0, recorded - _BLOCK + 1))
+    return list(range(start, start + _BLOCK))
+
+
+def _drawn(
+    process: Mapping[str, Mapping[str, Sequence[float]]], places: Sequence[int], copy: int
+) -> Side:
+    return {
+        f"{key} {copy}": _cell(
+            f"{key} {copy}",
+            {metric: tuple(metrics[metric][place] for place in places) for metric in METRICS},
+        )
+        for key, metrics in process.items()
+    }
 
 
 def _cell(key: str, rounds: Mapping[str, tuple[float, ...]]) -> CellResult:

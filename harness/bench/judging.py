@@ -141,17 +141,21 @@ def as_verdicts(changes: Sequence[Change], suspects: Mapping[str, str]) -> list[
 
 
 def judge_pair(
-    old: Results, new: Results, again: Results | None, thresholds: Thresholds | None = None
+    old: Sequence[Results], new: Sequence[Results], thresholds: Thresholds | None = None
 ) -> tuple[list[Verdict], list[Change]]:
-    """Two sides whose rounds ran in turn; *again* is the old side a second time."""
-    different = unlike(old, new)
+    """Two sides whose rounds ran in turn, by launch."""
+    different = [line for launch in old for line in unlike(launch, new[0])]
     if different:
-        return [_incomparable(different)], []
-    verdicts = judge_presence(old, new)
-    shared = {key: cell for key, cell in new.cells.items() if not _named(verdicts, key)}
-    table = compare_pairs(old.cells, shared, again.cells if again is not None else None)
+        return [_incomparable(list(dict.fromkeys(different)))], []
+    verdicts = [verdict for b, n in zip(old, new, strict=True) for verdict in judge_presence(b, n)]
+    verdicts = list({verdict.name: verdict for verdict in verdicts}.values())
+    shared = [
+        {key: cell for key, cell in launch.cells.items() if not _named(verdicts, key)}
+        for launch in new
+    ]
+    table = compare_pairs([launch.cells for launch in old], shared)
     changes = judge_changes(table, thresholds)
-    between = f"went bad in {_commit(old)}..{_commit(new)}"
+    between = f"went bad in {_commit(old[-1])}..{_commit(new[-1])}"
     suspects = {change.samples.name: between for change in changes}
     return verdicts + as_verdicts(changes, suspects=suspects), changes
 

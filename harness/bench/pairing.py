@@ -40,7 +40,14 @@ def answers_on() -> Iterator[TextIO]:
         os.close(kept)
 
 
-def serve(measurer: Measurer, cells: Sequence[Cell], requests: TextIO, answers: TextIO) -> None:
+def serve(
+    measurer: Measurer,
+    cells: Sequence[Cell],
+    requests: TextIO,
+    answers: TextIO,
+    *,
+    repeats: int = 1,
+) -> None:
     """Answer each line of *requests*: a number asks for a round with that seed, `end` for the
     results of all rounds."""
     possible, skipped = measurable(measurer, cells)
@@ -50,7 +57,7 @@ def serve(measurer: Measurer, cells: Sequence[Cell], requests: TextIO, answers: 
     for line in requests:
         if line.strip() == "end":
             break
-        found = visit_all(measurer, possible, seed=int(line))
+        found = visit_all(measurer, possible, seed=int(line), repeats=repeats)
         for key, visit in found.items():
             visits[key].append(visit)
         _answer(answers, {"done": int(line)})

@@ -12,7 +12,7 @@ import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = [
     "Results",
     "as_benchmark_json",
     "cell_as_json",
+    "joined",
     "read_results",
     "results_in",
     "session_as_json",
@@ -82,6 +83,33 @@ class Results:
             rate=float(self.ceilings["matmul_flops"]),
         )
         return floor / cell.median("tpot_s" if which == "decode" else "ttft_s")
+
+
+def joined(launches: Sequence[Results]) -> Results:
+    """The results of one side that was started several times: all rounds, one after the other.
+
+    Percentiles of the gaps are the means of the launches'; the best ceilings stand for all.
+    """
+    first = launches[0]
+    cells: dict[str, CellResult] = {}
+    for key, cell in first.cells.items():
+        parts = [launch.cells[key] for launch in launches if key in launch.cells]
+        peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+        cells[key] = replace(
+            cell,
+            rounds={m: tuple(v for part in parts for v in part.rounds[m]) for m in METRICS},
+            itl_s={
+                name: statistics.fmean(part.itl_s[name] for part in parts) for name in cell.itl_s
+            },
+            switch_s=tuple(seconds for part in parts for seconds in part.switch_s),
+            peak_bytes=max(peaks) if peaks else None,
+            device_states=tuple(state for part in parts for state in part.device_states),
+        )
+    ceilings = dict(first.ceilings)
+    for name in ("copy_bytes_per_s", "matmul_flops"):
+        if name in ceilings:
+            ceilings[name] = max(float(launch.ceilings[name]) for launch in launches)
+    return replace(first, cells=cells, ceilings=ceilings)
 
 
 def session_as_json(results: Results) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(measured, BENCH_OPTIONS)
     add_option(measured, "--rounds", metavar="N", type=int, default=20, help="of every cell (20)")
     add_option(
+        measured, "--repeats", metavar="N", type=int,
+        help="generations a round, of which the fastest counts (CUDA 1, CPU 3)",
+    )  # fmt: skip
+    add_option(
         measured, "--applications", metavar="A,…", default=",".join(_APPLICATIONS),
         help="of: live, flattened, merged (all)",
     )  # fmt: skip
@@ -58,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(
         gate, "--against-command", metavar="CMD",
         help="another commit's or environment's lora-stack; its rounds run in turn with ours",
+    )  # fmt: skip
+    add_option(
+        gate, "--launches", metavar="N", type=int, default=4,
+        help="of each side with --against-command; its rounds are spread over them (4)",
     )  # fmt: skip
     add_option(gate, "--results", metavar="FILE", help="judge and report these; measure nothing")
     add_option(
@@ -106,8 +114,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.rounds < 1:
-        raise InputError(f"{arguments.rounds} is below 1", where="--rounds", remedy="use 20")
+    for name in ("rounds", "repeats", "launches"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise InputError(f"{number} is below 1", where=f"--{name}", remedy="use 1 and more")
     if not 0 <= arguments.threshold < 10:
         raise InputError(f"{arguments.threshold} is no share", where="--threshold",
                          remedy="write 0.05 for 5 %")  # fmt: skip
@@ -200,9 +210,18 @@ def _measured(arguments: argparse.Namespace) -> Results:
         out.print(f"{shown(stack.base.source)}: random weights; only its times mean anything")
     measurer, cells = _loaded(arguments, ceilings=True)
     with measurer.engine, _progress(f"{len(cells)} cells × {arguments.rounds}") as report:
-        made, skipped = interleaved(measurer, cells, arguments.rounds, progress=report)
+        made, skipped = interleaved(
+            measurer, cells, arguments.rounds, repeats=_repeats(arguments, measurer),
+            progress=report,
+        )  # fmt: skip
         measurer.close_ceilings()
         return results_of(measurer, made, skipped, in_turn=True)
+
+
+def _repeats(arguments: argparse.Namespace, measurer: Measurer) -> int:
+    from harness.bench.measuring import default_repeats
+
+    return arguments.repeats or default_repeats(measurer.device)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -211,32 +230,45 @@ def _serve(arguments: argparse.Namespace) -> int:
     with answers_on() as answers:
         measurer, cells = _loaded(arguments, ceilings=True)
         with measurer.engine:
-            serve(measurer, cells, sys.stdin, answers)
+            serve(measurer, cells, sys.stdin, answers, repeats=_repeats(arguments, measurer))
     return 0
 
 
 def _in_turn(
     arguments: argparse.Namespace,
 ) -> tuple[list[Verdict], list[Change], Results, Results]:
-    """The other command's rounds in turn with ours, and the other's a second time as the floor."""
+    """The other command's rounds in turn with ours; both started several times."""
     from contextlib import ExitStack
 
     from harness.bench.judging import judge_pair
     from harness.bench.pairing import Worker, in_turn
+    from harness.bench.results import joined
 
     other = shlex.split(arguments.against_command)
     if not other:
         raise InputError("is empty", where="--against-command", remedy="name a lora-stack")
     rest = _serving(sys.argv[1:])
     ours = [sys.executable, "-m", "harness.cli"]
-    with ExitStack() as running, _progress(f"{arguments.rounds} rounds in turn") as report:
-        workers = [
-            running.enter_context(Worker([*command, *rest], name))
-            for command, name in ((other, "old"), (ours, "new"), (other, "second old"))
-        ]
-        before, now, again = in_turn(workers, arguments.rounds, progress=report)
-    verdicts, changes = judge_pair(before, now, again, _thresholds(arguments))
-    return verdicts, changes, now, before
+    launches = min(arguments.launches, arguments.rounds)
+    rounds = -(-arguments.rounds // launches)
+    old: list[Results] = []
+    new: list[Results] = []
+    with _progress(f"{launches} launches × {rounds} rounds in turn") as report:
+        for launch in range(launches):
+
+            def part(share: float, launch: int = launch) -> None:
+                report((launch + share) / launches)
+
+            with ExitStack() as running:
+                workers = [
+                    running.enter_context(Worker([*command, *rest], name))
+                    for command, name in ((other, "old"), (ours, "new"))
+                ]
+                before, now = in_turn(workers, rounds, progress=part, seed=launch)
+            old.append(before)
+            new.append(now)
+    verdicts, changes = judge_pair(old, new, _thresholds(arguments))
+    return verdicts, changes, joined(new), joined(old)
 
 
 def _serving(argv: Sequence[str]) -> list[str]:
@@ -247,7 +279,7 @@ def _serving(argv: Sequence[str]) -> list[str]:
     words = iter(with_dashes(argv))
     for word in words:
         name, equals, _ = word.partition("=")
-        if name in ("--against-command", "--output", "--threshold"):
+        if name in ("--against-command", "--launches", "--output", "--threshold"):
             if not equals:
                 next(words, None)
         elif word != "--json":

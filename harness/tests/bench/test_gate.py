@@ -80,7 +80,7 @@ def test_an_unlike_machine_or_model_is_incomparable(results_of):
     ):
         old = results_of(**change)
         assert unlike(old, new)
-        for verdicts, changes in (judge_history([old], new), judge_pair(old, new, None)):
+        for verdicts, changes in (judge_history([old], new), judge_pair([old], [new])):
             assert overall(verdicts) is Outcome.INCOMPARABLE
             assert not changes
     assert not unlike(results_of(software={"torch": "1"}), new)
@@ -88,7 +88,7 @@ def test_an_unlike_machine_or_model_is_incomparable(results_of):
 
 def test_too_few_rounds_are_undecided_and_never_pass(results_of, cell_of):
     few = results_of(cell_of("base-b1-i16-o4", rounds=[0.1, 0.2]), in_turn=True)
-    verdicts, _ = judge_pair(few, few, None)
+    verdicts, _ = judge_pair([few], [few])
     assert overall(verdicts) is Outcome.UNDECIDED
     assert not overall(verdicts).passed
 
@@ -96,7 +96,7 @@ def test_too_few_rounds_are_undecided_and_never_pass(results_of, cell_of):
 def test_a_faster_cell_holds_and_is_told(results_of, cell_of):
     old = results_of(cell_of("base-b1-i16-o4", rounds=[0.1 * n for n in NOISE]))
     new = results_of(cell_of("base-b1-i16-o4", rounds=[0.07 * n for n in NOISE]))
-    verdicts, changes = judge_pair(old, new, old)
+    verdicts, changes = judge_pair([old], [new])
     assert overall(verdicts) is Outcome.HELD
     assert all(change.better for change in changes)
 
@@ -107,8 +107,8 @@ def test_what_equal_processes_show_is_the_floor(results_of, cell_of):
     def one(scale):
         return results_of(cell_of("base-b1-i16-o4", rounds=[0.1 * scale * n for n in NOISE]))
 
-    quiet, _ = judge_pair(one(1), one(1.1), one(1))
-    noisy, _ = judge_pair(one(1), one(1.1), one(1.2))
+    quiet, _ = judge_pair([one(1), one(1.005)] * 2, [one(1.1), one(1.105)] * 2)
+    noisy, _ = judge_pair([one(1), one(1.2)] * 2, [one(1.1), one(1.3)] * 2)
     assert overall(quiet) is Outcome.FAILED
     assert overall(noisy) is Outcome.HELD
     assert any("noise floor" in line for line in noisy[0].evidence)
@@ -118,14 +118,14 @@ def test_a_change_below_the_absolute_threshold_holds(results_of, cell_of):
     """A microsecond more is nothing, be it a half."""
     old = results_of(cell_of("base-b1-i16-o4", rounds=[2e-6 * n for n in NOISE]))
     new = results_of(cell_of("base-b1-i16-o4", rounds=[3e-6 * n for n in NOISE]))
-    assert overall(judge_pair(old, new, old)[0]) is Outcome.HELD
+    assert overall(judge_pair([old], [new])[0]) is Outcome.HELD
 
 
 def test_leaving_intervals_out_decides_the_same(results_of, cell_of):
     old = results_of(cell_of("base-b1-i16-o4", rounds=[0.1 * n for n in NOISE]))
     for scale in (1.0, 1.04, 1.08, 1.2):
         cell = cell_of("base-b1-i16-o4", rounds=[0.1 * scale * n for n in reversed(NOISE)])
-        table = compare_pairs(old.cells, {cell.key: cell}, old.cells)
+        table = compare_pairs([old.cells], [{cell.key: cell}])
         whole = [change.outcome for change in judge_changes(table)]
         assert whole == [change.outcome for change in judge_changes(table, intervals=False)]
 
