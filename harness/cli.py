@@ -33,6 +33,7 @@ _COMMANDS = (
     "flatten",
     "analyze",
     "compare",
+    "bench",
 )
 _USAGE_ERROR, _INTERNAL_ERROR, _INTERRUPTED = 2, 3, 130
 

@@ -26,7 +26,7 @@ from harness.completion import (
     Prompt,
     StopReason,
 )
-from harness.engines.application import apply_flattened, apply_live, apply_merged, rest
+from harness.engines.application import apply_mode, rest
 from harness.engines.loading import (
     choose_device,
     choose_dtype,
@@ -158,7 +158,7 @@ class PeftEngine:
 
         Raises:
             ActivationError: what is active, read back per layer, is not the mode.
-            InputError: an unknown mode, or an application that this engine does not have.
+            InputError: an unknown mode, or weights that cannot be merged or flattened in memory.
         """
         chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
         for name in chosen.adapters:
@@ -166,13 +166,7 @@ class PeftEngine:
         if not self.stack.adapters:
             yield self.model
             return
-        if application is Application.LIVE:
-            entered = apply_live(self.model, chosen)
-        elif application is Application.FLATTENED:
-            entered = apply_flattened(self.model, chosen)
-        else:
-            entered = apply_merged(self.model, chosen, self.files)
-        with entered:
+        with apply_mode(self.model, chosen, application, self.files):
             yield self.model
 
     @contextlib.contextmanager

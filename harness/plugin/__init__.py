@@ -18,6 +18,15 @@ from harness.completion import Completion, Prompt
 from harness.errors import InputError
 from harness.options import spellings
 from harness.plugin.accepted import ACCEPTED, Accepted, Completions, Judged
+from harness.plugin.latency import (
+    chosen_cells,
+    lora_cell,
+    lora_latency,
+    lora_measured,
+    pytest_benchmark_update_json,
+    pytest_benchmark_update_machine_info,
+    skip_without_meaning,
+)
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
 from harness.plugin.summary import case_of, outcome_of, properties_of, write_summary
 from harness.preset import Preset
@@ -30,7 +39,14 @@ from harness.verdict import Verdict
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
 
-__all__ = ["Completions"]
+__all__ = [
+    "Completions",
+    "lora_cell",
+    "lora_latency",
+    "lora_measured",
+    "pytest_benchmark_update_json",
+    "pytest_benchmark_update_machine_info",
+]
 
 _MARKERS = (
     "gpu: needs CUDA; skipped without it, an error with --require-gpu",
@@ -108,8 +124,11 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
         return None
     stack = setting.stack
     lines = [f"lora-stack: {stack.name}, base {stack.base.source} ({stack.base.chosen_by})"]
+    if stack.random:
+        lines.append("  RANDOM WEIGHTS: only times mean anything; every other test is skipped")
     lines += [
-        f"  adapter {a.name}: {a.source} sha256 {adapter_digest(a.path)[:12]}"
+        f"  adapter {a.name}: {a.source}"
+        + (f" sha256 {adapter_digest(a.path)[:12]}" if a.random_rank is None else "")
         for a in stack.adapters
     ]
     lines.append(
@@ -123,7 +142,8 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
-    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode"}
+    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode",
+            "lora_cell"}  # fmt: skip
     if not ours.intersection(names):
         return
     setting = metafunc.config.stash[SETTING]
@@ -131,6 +151,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         stack, preset = setting.stack, setting.preset
     except InputError as error:
         raise pytest.UsageError(shown(str(error))) from None
+    if "lora_cell" in names:
+        try:
+            cells = chosen_cells(setting)
+        except InputError as error:
+            raise pytest.UsageError(shown(str(error))) from None
+        _parametrize(metafunc, "lora_cell", [(cell.key, cell) for cell in cells])
     if "lora_mode" in names:
         _parametrize(metafunc, "lora_mode", [(m.name, m) for m in stack.modes])
     if "lora_declared_mode" in names:
@@ -164,6 +190,7 @@ def _pairs(stack: AdapterStack) -> list[tuple[Mode, Mode]]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    skip_without_meaning(item)
     if item.get_closest_marker("gpu") is None:
         return
     import torch

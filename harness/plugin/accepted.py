@@ -41,9 +41,10 @@ class Completions:
         self,
         engine: PeftEngine,
         preset: Preset,
-        drafts: Callable[[Mode], Sequence[Sequence[int] | None]],
+        drafts: Callable[[Mode], Sequence[Sequence[int] | None]] | None = None,
     ) -> None:
-        self._engine, self._preset, self._drafts = engine, preset, drafts
+        self._engine, self._preset = engine, preset
+        self._drafts = drafts or (lambda mode: [None] * len(preset.prompts))
         self._found: dict[tuple[Mode, Application], tuple[Replayed, ...]] = {}
 
     def of(self, mode: Mode, application: Application = Application.LIVE) -> tuple[Completion, ...]:
@@ -122,15 +123,10 @@ class Accepted:
         self.drift_fails = drift_fails
         self.contents = contents_of(engine)
         self.judged: dict[Path, Judged] = {}
-        self.completions = Completions(
-            engine, preset, self.drafts if replaying else self._no_drafts
-        )
+        self.completions = Completions(engine, preset, self.drafts if replaying else None)
         self._floors: dict[tuple[str, str, str | None], NoiseFloor | None] = {}
         self._pieces: dict[int, str] = {}
         self._run_recorded = False
-
-    def _no_drafts(self, mode: Mode) -> list[None]:
-        return [None] * len(self.preset.prompts)
 
     def drafts(self, mode: Mode) -> list[tuple[int, ...] | None]:
         """What is accepted for each prompt in *mode*, whichever test module holds it."""

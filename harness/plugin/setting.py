@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from harness.options import PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS, Option, stack_options
+from harness.options import (
+    BENCH_OPTIONS,
+    PROMPT_OPTIONS,
+    RUN_OPTIONS,
+    STACK_OPTIONS,
+    Option,
+    random_ranks,
+    stack_options,
+)
 from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
@@ -19,7 +27,7 @@ __all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "ini_name", "read_setting"]
 
 #: What every option's destination starts with: pytest's namespace is shared by all plugins.
 DEST = "lora_stack_"
-OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
+OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS + BENCH_OPTIONS
 
 
 @dataclass(kw_only=True)
@@ -38,7 +46,12 @@ class Setting:
     @property
     def stack(self) -> AdapterStack:
         if self._stack is None:
-            self._stack = stack_from_options(self.options, folder=self.folder)
+            self._stack = stack_from_options(
+                self.options,
+                folder=self.folder,
+                random_base=True,
+                random_ranks=random_ranks(self.values.get("random_rank")),
+            )
         return self._stack
 
     @property
