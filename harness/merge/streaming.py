@@ -34,7 +34,7 @@ Array = NDArray[Any]
 #: Called with bytes done and bytes in all.
 Progress = Callable[[int, int], None]
 
-_CHUNK_ROWS = 16 * ROWS
+_CHUNK_ROWS = 32 * ROWS
 _COPY_BYTES = 64 << 20
 _BUFFER_BYTES = 4 << 20
 _CONVERT_ENTRIES = 1 << 19
@@ -90,7 +90,8 @@ def write_shards(
                 if path not in sources:
                     sources[path] = os.open(path, os.O_RDONLY)
             outputs.append(_new_file(folder / shard.name, shard))
-        tasks = list(_tasks(plan, sources, recipe))
+        every = [list(_tasks(s, n, sources, recipe)) for n, s in enumerate(plan.shards)]
+        tasks = _interleaved(every, workers)
         worker = _Worker(outputs, sources, recipe, stop)
         # One thread a worker: threads inside BLAS would fight them, and could cut the sums anew.
         with threadpool_limits(limits=1, user_api="blas"):
@@ -153,26 +154,37 @@ def _new_file(path: Path, shard: ShardPlan) -> int:
     return descriptor
 
 
-def _tasks(plan: MergePlan, sources: dict[Path, int], recipe: Recipe) -> Iterator[_Task]:
-    for number, shard in enumerate(plan.shards):
-        run: tuple[int, int, int, int] | None = None
-        for tensor in shard.tensors:
-            if not tensor.copied:
-                if run:
-                    yield from _copies(number, run)
-                    run = None
-                yield from _computed(number, tensor, recipe)
-                continue
-            source = sources[tensor.source_file.path]
-            size = tensor.end - tensor.start
-            if run and run[0] == source and run[1] + run[3] == tensor.source.start:
-                run = (*run[:3], run[3] + size)  # neighbours in both files: one range
-            else:
-                if run:
-                    yield from _copies(number, run)
-                run = (source, tensor.source.start, tensor.start, size)
-        if run:
-            yield from _copies(number, run)
+def _interleaved(shards: Sequence[Sequence[_Task]], workers: int) -> list[_Task]:
+    """The tasks so that workers write to different files: the kernel lets one in at a time."""
+    found: list[_Task] = []
+    for first in range(0, len(shards), workers):
+        together = shards[first : first + workers]
+        for step in range(max(len(tasks) for tasks in together)):
+            found += [tasks[step] for tasks in together if step < len(tasks)]
+    return found
+
+
+def _tasks(
+    shard: ShardPlan, number: int, sources: dict[Path, int], recipe: Recipe
+) -> Iterator[_Task]:
+    run: tuple[int, int, int, int] | None = None
+    for tensor in shard.tensors:
+        if not tensor.copied:
+            if run:
+                yield from _copies(number, run)
+                run = None
+            yield from _computed(number, tensor, recipe)
+            continue
+        source = sources[tensor.source_file.path]
+        size = tensor.end - tensor.start
+        if run and run[0] == source and run[1] + run[3] == tensor.source.start:
+            run = (*run[:3], run[3] + size)  # neighbours in both files: one range
+        else:
+            if run:
+                yield from _copies(number, run)
+            run = (source, tensor.source.start, tensor.start, size)
+    if run:
+        yield from _copies(number, run)
 
 
 def _copies(shard: int, run: tuple[int, int, int, int]) -> Iterator[_Task]:
