@@ -88,15 +88,20 @@ def add_block(
     stored: str,
     wanted: str,
     check: Callable[[Array], None],
+    scale: Array | None = None,
 ) -> Array:
     """`raw` (at most `ROWS` rows of the base as stored) with *delta*'s rows added, as `wanted`.
 
-    bfloat16 to bfloat16 works in place. *check* is called with results that can overflow.
+    bfloat16 to bfloat16 works in place. *check* is called with results that can overflow; *scale*
+    is what stored numbers are multiplied with first, in float32.
     """
     if stored == wanted == "BF16" and isinstance(delta, FactoredDelta) and delta.paired:
         _add_pairs(raw.view(np.uint32), delta, rows, scratch)
         return raw
-    numbers = decode(raw, stored, accumulator(wanted))
+    if scale is None:
+        numbers = decode(raw, stored, accumulator(wanted))
+    else:
+        numbers = (decode(raw, stored, np.float32) * scale).astype(accumulator(wanted), copy=False)
     numbers += delta.block(rows)
     result = encode(numbers, wanted)
     if wanted not in ("F32", "F64", "BF16"):

@@ -26,7 +26,7 @@ from harness.merge.storage import RAW, accumulator, decode, encode
 from harness.merge.strategies import Kind
 from harness.tensor_files import DTYPE_BYTES
 
-__all__ = ["ProofError", "TensorLedger", "Verify", "file_digests", "prove", "sampled_rows"]
+__all__ = ["ProofError", "TensorLedger", "Verify", "prove", "sampled_rows"]
 
 Array = NDArray[Any]
 #: `none`, `sampled` or `full`.
@@ -131,7 +131,8 @@ def _job(
     def run() -> TensorLedger | None:
         if tensor.terms:
             return _check_merged(base, output, tensor, recipe, order, full)
-        _check_untouched(base, output, tensor, full)
+        check = _check_untouched if tensor.scale is None else _check_dequantised
+        check(base, output, tensor, full)
         return None
 
     return run
@@ -142,6 +143,15 @@ def _check_head(descriptor: int, shard: ShardPlan) -> None:
         raise ProofError(f"{shard.name}: has another size than was written")
     if _bytes(descriptor, 0, len(shard.head)) != shard.head:
         raise ProofError(f"{shard.name}: its header is not what was written")
+
+
+def _check_dequantised(base: int, output: int, tensor: OutputTensor, full: bool) -> None:
+    for rows in _blocks(tensor, full):
+        wanted = encode(_base_numbers(base, tensor, rows), tensor.dtype)
+        width = tensor.shape[1] * DTYPE_BYTES[tensor.dtype]
+        size = (rows.stop - rows.start) * width
+        if wanted.tobytes() != _bytes(output, tensor.start + rows.start * width, size):
+            raise ProofError(f"{tensor.name}: read back it is not the dequantised base")
 
 
 def _check_untouched(base: int, output: int, tensor: OutputTensor, full: bool) -> None:
@@ -222,7 +232,7 @@ def _check_merged(
     worst = weight = delta_sum = lost = one_by_one = 0.0
     in_turn = len(reference.parts) > 1 and recipe.strategy.kind is Kind.SUM
     for rows in _blocks(tensor, full):
-        before = _numbers(base, tensor.source.start, tensor.source.dtype, rows, columns)
+        before = _base_numbers(base, tensor, rows)
         after = _numbers(output, tensor.start, tensor.dtype, rows, columns)
         delta, shares = reference.block(rows)
         wanted = before + delta
@@ -289,6 +299,16 @@ def _numbers(descriptor: int, start: int, dtype: str, rows: slice, columns: int)
     return decode(np.frombuffer(data, RAW[dtype]).reshape(-1, columns), dtype, np.float64)
 
 
+def _base_numbers(descriptor: int, tensor: OutputTensor, rows: slice) -> Array:
+    """The base's numbers in float64: as stored, or the float32 product with their scale."""
+    columns = tensor.shape[1]
+    numbers = _numbers(descriptor, tensor.source.start, tensor.source.dtype, rows, columns)
+    if tensor.scale is None:
+        return numbers
+    product: Array = numbers.astype(np.float32) * tensor.scale.rows(rows, columns)
+    return product.astype(np.float64)
+
+
 def _bytes(descriptor: int, start: int, size: int) -> bytes:
     data = os.pread(descriptor, size, start)
     while len(data) < size:
@@ -297,14 +317,3 @@ def _bytes(descriptor: int, start: int, size: int) -> bytes:
             raise ProofError("a file ended early while it was read back")
         data += more
     return data
-
-
-def file_digests(paths: Sequence[Path], *, workers: int) -> dict[str, str]:
-    """SHA-256 (hex) of whole files, by file name."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        return dict(zip((p.name for p in paths), pool.map(digest, paths), strict=True))

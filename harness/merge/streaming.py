@@ -195,7 +195,9 @@ def _copies(shard: int, run: tuple[int, int, int, int]) -> Iterator[_Task]:
 
 
 def _computed(shard: int, tensor: OutputTensor, recipe: Recipe) -> Iterator[_Task]:
-    if not tensor.terms:
+    if tensor.scale is not None and not tensor.terms:
+        count, step = tensor.shape[0], _CHUNK_ROWS
+    elif not tensor.terms:
         count, step = tensor.count, _CONVERT_ENTRIES * 16
     else:
         count = tensor.shape[0]
@@ -226,6 +228,8 @@ class _Worker(threading.local):
                 self._copy(self.outputs[task.shard], *task.copy)
             elif task.tensor is not None and task.tensor.terms:
                 self._merge(self.outputs[task.shard], task.tensor, task.rows)
+            elif task.tensor is not None and task.tensor.scale is not None:
+                self._dequantise(self.outputs[task.shard], task.tensor, task.rows)
             elif task.tensor is not None:
                 self._convert(self.outputs[task.shard], task.tensor, task.rows)
         except _Cancelled:
@@ -281,10 +285,33 @@ class _Worker(threading.local):
             result = add_block(
                 raw, delta, inside, self.scratch,
                 stored=tensor.source.dtype, wanted=tensor.dtype, check=check,
+                scale=None if tensor.scale is None
+                else tensor.scale.rows(slice(first, last), columns),
             )  # fmt: skip
             _write(output, result.data.cast("B"), tensor.start + first * written)
         for term in tensor.terms:
             term.release()
+
+    def _dequantise(self, output: int, tensor: OutputTensor, rows: slice) -> None:
+        source, scale, columns = (
+            self.sources[tensor.source_file.path],
+            tensor.scale,
+            tensor.shape[1],
+        )
+        assert scale is not None
+        old, new = DTYPE_BYTES[tensor.source.dtype], DTYPE_BYTES[tensor.dtype]
+        for first in range(rows.start, rows.stop, ROWS):
+            self._go_on()
+            some = slice(first, min(first + ROWS, rows.stop))
+            space = self._space((some.stop - first) * columns * old)
+            _read(source, space, tensor.source.start + first * columns * old)
+            raw = np.frombuffer(space, RAW[tensor.source.dtype]).reshape(-1, columns)
+            numbers = decode(raw, tensor.source.dtype, np.float32) * scale.rows(some, columns)
+            result = encode(numbers, tensor.dtype)
+            back = decode(result, tensor.dtype, np.float32)
+            if (~np.isfinite(back) & np.isfinite(numbers)).any():
+                raise _overflow(tensor)
+            _write(output, result.data.cast("B"), tensor.start + first * columns * new)
 
     def _convert(self, output: int, tensor: OutputTensor, entries: slice) -> None:
         source = self.sources[tensor.source_file.path]
