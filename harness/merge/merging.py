@@ -248,16 +248,19 @@ def _same_weights(folder: Path, checkpoint: CheckpointFiles) -> bool:
         other = read_checkpoint(folder)
     except InputError:
         return True  # nothing to compare with
-    if set(other.places) != set(checkpoint.places):
+    if len(other.places) != len(checkpoint.places):
         return False
     for name, shard in checkpoint.places.items():
-        mine, theirs = checkpoint.entry(name), other.entry(name)
+        same = other.stored_name(name)
+        if same is None:
+            return False
+        mine, theirs = checkpoint.entry(name), other.entry(same)
         if mine.shape != theirs.shape:
             return False
         if mine.dtype != theirs.dtype:
             continue  # a conversion of the same model: shapes are all that can be compared
         heads = []
-        for file, entry in ((shard, mine), (other.places[name], theirs)):
+        for file, entry in ((shard, mine), (other.places[same], theirs)):
             with file.path.open("rb") as stream:
                 stream.seek(entry.start)
                 heads.append(stream.read(min(4096, entry.end - entry.start)))

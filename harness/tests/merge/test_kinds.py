@@ -327,9 +327,9 @@ def _scaled(layout: str) -> Any:
         scale = tiles.abs().amax(dim=(1, 3)) / 448
         full = scale.repeat_interleave(high, 0).repeat_interleave(wide, 1)[:rows, :columns]
         values = {name: (tensor / full).to(torch.float8_e4m3fn)}
-        key = {"blocks": f"{name}_scale_inv", "rows": f"{name}_scale", "tensor": f"{name}_scale"}
-        shape = {"blocks": scale, "rows": scale.reshape(rows, 1), "tensor": scale.reshape(1)}
-        return values | {key[layout]: shape[layout].contiguous()}
+        if layout == "blocks":
+            return values | {f"{name}_scale_inv": scale.contiguous()}
+        return values | {f"{name}_scale": scale.reshape(-1, 1) if layout == "rows" else scale[0]}
 
     return change
 
