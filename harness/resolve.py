@@ -31,7 +31,14 @@ from harness.stack import (
 from harness.strict_json import read_toml
 from harness.tensor_files import same_bytes
 
-__all__ = ["RANDOM_RANKS", "StackOptions", "random_stack", "resolve_stack", "stack_from_options"]
+__all__ = [
+    "RANDOM_RANKS",
+    "StackOptions",
+    "check_base_copies",
+    "random_stack",
+    "resolve_stack",
+    "stack_from_options",
+]
 
 _STACK_KEYS = frozenset({"name", "base", "preset", "stopping_preset", "adapters", "stops", "modes"})
 _STYLE, _INSTRUCT = "style", "instruct"
@@ -295,8 +302,8 @@ def resolve_stack(
     base = choose_base(base_model, base_option, found, files, here)
     checkpoint = read_checkpoint(base.path)
     for adapter_name, adapter_files in files.items():
-        _check_shapes(adapter_name, adapter_files, checkpoint.places, base)
-        _check_base_copies(adapter_files, checkpoint)
+        _check_shapes(adapter_name, adapter_files, checkpoint, base)
+        check_base_copies(adapter_files, checkpoint)
     names = [adapter.name for adapter in found]
     chosen: tuple[Mode, ...] = default_modes(names) if modes is None else parse_modes(modes, names)
     return AdapterStack(
@@ -307,18 +314,20 @@ def resolve_stack(
     )
 
 
-def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], base: Base) -> None:
+def _check_shapes(
+    name: str, adapter: AdapterFiles, checkpoint: CheckpointFiles, base: Base
+) -> None:
     """Hold each pair against the base's weight, where the base has one of that name."""
     matched = 0
     for module, pair in adapter.pairs.items():
-        shard = places.get(f"{module}.weight")
-        if shard is None:
-            continue  # a tied head, or a name that transformers maps while loading
+        stored = checkpoint.weight_name(module)
+        if stored is None:
+            continue  # a name that transformers maps while loading
         matched += 1
         expected = [pair.out_features, pair.in_features]
         if pair.embedding or adapter.config.fan_in_fan_out:
             expected.reverse()
-        shape = list(shard.entries[f"{module}.weight"].shape)
+        shape = list(checkpoint.entry(stored).shape)
         if shape != expected:
             raise InputError(
                 f"module {module!r}: the adapter {name!r} needs a base weight of {expected}, "
@@ -335,8 +344,12 @@ def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], b
         )
 
 
-def _check_base_copies(adapter: AdapterFiles, checkpoint: CheckpointFiles) -> None:
-    """PEFT would write these over the base, for every mode: they must be the base's own bytes."""
+def check_base_copies(adapter: AdapterFiles, checkpoint: CheckpointFiles) -> None:
+    """PEFT would write these over the base, for every mode: they must be the base's own bytes.
+
+    Raises:
+        InputError: one that differs.
+    """
     for name, entry in adapter.base_copies.items():
         place = checkpoint.weight_name(name.removesuffix(".weight"))
         if place is not None:
