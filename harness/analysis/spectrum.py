@@ -13,6 +13,7 @@ Works on values: knows nothing of files, adapters as a whole, or what the figure
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ __all__ = [
 
 #: Eigenvalues of a Gram matrix spread wider than this send the factor through QR.
 _GRAM_SPREAD = 1e-8
+#: Squared norms below this share of their terms are taken from QR: Gram matrices leave 1e-16.
+_CANCELLED_SQUARE = 1e-9
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
 _BLOCK_ROWS = 512
 #: A product of float32 Gram matrices that is smaller than this share of what its terms add up to
 #: by chance is taken in float64: measured, its error is up to 4e-7 of the latter.
@@ -83,9 +87,18 @@ def factors_of(pair: LoraPair) -> Factors:
 
 
 def delta_norm(factors: Factors) -> float:
-    """`‖ΔW‖_F = |s|·√(Σ (A Aᵀ)∘(BᵀB))`."""
+    """`‖ΔW‖_F = |s|·√(Σ (A Aᵀ)∘(BᵀB))`; 0 where all that is left is float64's own rounding.
+
+    Ranks that cancel (an adapter less itself) leave a sum far below its terms: then the norm is
+    that of the core, whose roots come from QR.
+    """
     square = float((factors.gram_a * factors.gram_b).sum())
-    return abs(factors.scale) * math.sqrt(max(square, 0.0))
+    terms = float(factors.gram_a.trace() * factors.gram_b.trace())
+    if square > _CANCELLED_SQUARE * terms:
+        return abs(factors.scale) * math.sqrt(square)
+    left = float(_core(factors, exact=True).norm())
+    floor = _ROUNDING * math.sqrt(terms)
+    return abs(factors.scale) * left if left > floor else 0.0
 
 
 def inner_product(first: Factors, second: Factors) -> float:
@@ -104,8 +117,8 @@ def pair_norm(pair: LoraPair) -> float:
     quick = _quick((pair,))
     square = None if quick is None else quick.product(0, 0)
     if square is None:
-        square = _Grams.of((pair,), torch.float64).exact(0, 0)
-    return abs(pair.scale) * math.sqrt(max(square, 0.0))
+        return delta_norm(factors_of(pair))
+    return abs(pair.scale) * math.sqrt(square)
 
 
 def cosine(first: LoraPair, second: LoraPair) -> float:
@@ -114,18 +127,15 @@ def cosine(first: LoraPair, second: LoraPair) -> float:
     As quick as `pair_norm`. The error is below 1e-6, relative to the cosine or, where it is
     smaller, to that of random directions, `1/√(out·in)`: below it a cosine has nothing to say.
     """
-    pairs = (first, second)
-    quick = _quick(pairs)
-    found = {
-        place: None if quick is None else quick.product(*place)
-        for place in ((0, 0), (1, 1), (0, 1))
-    }
-    if any(value is None for value in found.values()):
-        wanted = [place for place, value in found.items() if value is None]
-        wide = _Grams.of(pairs, torch.float64, wanted)
-        found |= {place: wide.exact(*place) for place in wanted}
-    one, two, crossed = (value or 0.0 for value in found.values())
-    sizes = math.sqrt(max(one, 0.0)) * math.sqrt(max(two, 0.0))
+    quick = _quick((first, second))
+    one = two = crossed = None
+    if quick is not None:
+        one, two, crossed = (quick.product(i, j) for i, j in ((0, 0), (1, 1), (0, 1)))
+    if one is not None and two is not None and crossed is not None:
+        sizes = math.sqrt(one) * math.sqrt(two)
+    else:
+        x, y = (dataclasses.replace(factors_of(pair), scale=1.0) for pair in (first, second))
+        crossed, sizes = inner_product(x, y), delta_norm(x) * delta_norm(y)
     if not sizes or not first.scale or not second.scale:
         return 0.0
     sign = math.copysign(1.0, first.scale * second.scale)
@@ -144,18 +154,11 @@ class _Grams:
     lengths: tuple[int, int]
 
     @classmethod
-    def of(
-        cls,
-        pairs: Sequence[LoraPair],
-        dtype: torch.dtype,
-        places: Sequence[_Place] | None = None,
-    ) -> _Grams:
-        """The Gram matrices at *places* (all of them if None), multiplied in *dtype*."""
-        if places is None:
-            places = [(i, j) for j in range(len(pairs)) for i in range(j + 1)]
+    def of(cls, pairs: Sequence[LoraPair], dtype: torch.dtype) -> _Grams:
+        """The Gram matrices, multiplied in *dtype*."""
         return cls(
-            wide=_gathered([pair.a.detach().T for pair in pairs], dtype, places),
-            tall=_gathered([pair.b.detach() for pair in pairs], dtype, places),
+            wide=_gathered([pair.a.detach().T for pair in pairs], dtype),
+            tall=_gathered([pair.b.detach() for pair in pairs], dtype),
             lengths=(pairs[0].a.shape[1], pairs[0].b.shape[0]),
         )
 
@@ -196,13 +199,12 @@ def _quick(pairs: Sequence[LoraPair]) -> _Grams | None:
     return _Grams.of(pairs, torch.float32) if narrow else None
 
 
-def _gathered(
-    parts: Sequence[Tensor], dtype: torch.dtype, places: Sequence[_Place]
-) -> dict[_Place, Tensor]:
+def _gathered(parts: Sequence[Tensor], dtype: torch.dtype) -> dict[_Place, Tensor]:
     """`XᵢᵀXⱼ` in float64 of tall *parts* `(n, rᵢ)`, a block of rows that stays in the cache."""
     sums = {
         (i, j): torch.zeros(parts[i].shape[1], parts[j].shape[1], dtype=torch.float64)
-        for i, j in places
+        for j in range(len(parts))
+        for i in range(j + 1)
     }
     for start in range(0, parts[0].shape[0], _BLOCK_ROWS):
         rows = [part[start : start + _BLOCK_ROWS].to(dtype) for part in parts]
@@ -213,16 +215,22 @@ def _gathered(
 
 def singular_values(factors: Factors) -> Tensor:
     """All `r` singular values of `ΔW`, descending, zeros included; `(r,)` float64."""
-    core = _root(factors.b.T, factors.gram_b).T @ _root(factors.a, factors.gram_a)
+    core = _core(factors)
     values = torch.linalg.svdvals(core)
     padded = torch.zeros(factors.rank, dtype=torch.float64)
     padded[: len(values)] = values * abs(factors.scale)
     return padded
 
 
-def _root(wide: Tensor, gram: Tensor) -> Tensor:
+def _core(factors: Factors, *, exact: bool = False) -> Tensor:
+    """`L_BᵀL_A`; *exact* takes both roots from QR."""
+    left = _root(factors.b.T, factors.gram_b, exact=exact)
+    return left.T @ _root(factors.a, factors.gram_a, exact=exact)
+
+
+def _root(wide: Tensor, gram: Tensor, *, exact: bool = False) -> Tensor:
     """`L` with `L Lᵀ = wide·wideᵀ = gram`, `(r, min(r, n))`; *wide* is `(r, n)`."""
-    eigenvalues = torch.linalg.eigvalsh(gram)
+    eigenvalues = torch.zeros(1) if exact else torch.linalg.eigvalsh(gram)
     if eigenvalues[0] > _GRAM_SPREAD * eigenvalues[-1]:
         root: Tensor = torch.linalg.cholesky(gram)
     else:
