@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,8 @@ def log_ratio_interval(
     # Equal values, or too few to resample, have no spread that a resample could show.
     if min(len(part) for part in data) < 2 or all(float(np.ptp(part)) == 0 for part in data):
         return math.exp(middle), math.exp(middle), math.exp(middle)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # met below
         found = stats.bootstrap(
             data, statistic, vectorized=True, n_resamples=1999, confidence_level=confidence,
             method="BCa", rng=np.random.default_rng(0),
