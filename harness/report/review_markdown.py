@@ -29,6 +29,7 @@ from harness.report.review import (
 )
 from harness.terminal import shown
 from harness.textdiff import word_diff_line
+from harness.verdict import Outcome
 
 __all__ = ["LIMIT", "MARKER", "annotation_lines", "as_markdown", "length"]
 
@@ -136,11 +137,17 @@ def _group(group: Group) -> Iterable[str]:
         title += f", and {len(also)} more with the same change"
     lines = [f"\n<details><summary>{title}</summary>\n"]
     if also:
-        listed = [f"{r.prompt} × {r.mode}" for r in others[:50]]
+        listed = [_listed(record) for record in others[:50]]
         listed += [f"and {len(others) - 50} more"] if len(others) > 50 else []
         lines += ["The same change in:\n", code_block("\n".join(listed)), ""]
     lines += [*_case(case, head), "\n</details>\n"]
     yield "\n".join(lines)
+
+
+def _listed(record: Record) -> str:
+    drifted = record.outcome is Outcome.DRIFT and record.evidence
+    amount = f": {_bounded(record.evidence[0])}" if drifted else ""
+    return f"{record.prompt} × {record.mode}{amount}"
 
 
 def _case(case: Case, record: Record) -> Iterable[str]:

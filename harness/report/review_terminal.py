@@ -35,6 +35,7 @@ from harness.report.review import (
 )
 from harness.terminal import shown
 from harness.textdiff import Change, word_diff
+from harness.verdict import Outcome
 
 __all__ = ["Choices", "ask", "print_case", "print_grid", "print_review", "single_keys"]
 
@@ -120,9 +121,13 @@ def print_review(out: Console, records: Records, *, tokens: bool = False) -> Non
     for group in groups(records.cases):
         out.print()
         _print_group(out, group)
-        for record in group.records:
-            out.print()
-            _print_record(out, record, tokens=tokens)
+        out.print()
+        _print_record(out, group.records[0], tokens=tokens)
+        for record in group.records[1:]:
+            line = f"  the same in {record.prompt} × {record.mode}: {record.name}"
+            if record.outcome is Outcome.DRIFT and record.evidence:
+                line += f" ({record.evidence[0]})"  # how far it moved is its own
+            out.print(Text(shown(line)))
     out.print()
     out.print(Text(summary(records), style="bold"))
 
