@@ -7,6 +7,7 @@ heavy. Knows nothing of how any of them looks, nor of decisions.
 from __future__ import annotations
 
 import math
+import os.path
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,15 +123,19 @@ def rows(records: Records) -> tuple[Row, ...]:
 
 
 def groups(cases: Iterable[Record]) -> tuple[Group, ...]:
-    """Pending cases by their change: the largest group first, then by name."""
+    """Pending cases by their change: the worst first, then the largest group, then by name."""
     found: dict[str, list[Record]] = {}
     for record in cases:
         if record.pending:
             found.setdefault(record.group or record.name, []).append(record)
     return tuple(
         Group(outcome=members[0].outcome, change=members[0].change, records=tuple(members))
-        for members in sorted(found.values(), key=lambda members: (-len(members), members[0].name))
+        for members in sorted(found.values(), key=_urgency)
     )
+
+
+def _urgency(members: Sequence[Record]) -> tuple[int, int, str]:
+    return (-list(Outcome).index(members[0].outcome), -len(members), members[0].name)
 
 
 def counts(records: Records) -> dict[str, int]:
@@ -176,7 +181,7 @@ def fork(case: Case) -> Fork | None:
     shared = now if len(now) >= index else then
     return Fork(
         index=index,
-        before=_joined(shared[max(0, index - _AROUND) : index]),
+        before=_before(case, _joined(shared[max(0, index - _AROUND) : index])),
         then=old,
         now=new,
         after_then=_joined(then[index + 1 : index + 1 + _AROUND]),
@@ -185,6 +190,13 @@ def fork(case: Case) -> Fork | None:
         margin_then=old.margin if old else None,
         margin_now=new.margin if new else None,
     )
+
+
+def _before(case: Case, pieces: str) -> str:
+    """*pieces*, or where tokens are parts of characters, what both texts begin with."""
+    if "\ufffd" not in pieces or case.then is None:
+        return pieces
+    return os.path.commonprefix([case.then.text, case.now.text])[-4 * _AROUND :]
 
 
 def _joined(positions: Sequence[Position]) -> str:

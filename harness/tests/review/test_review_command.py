@@ -223,10 +223,10 @@ def _reading(terminal: int) -> Iterator[str]:
 
 
 def test_a_key_decides_at_once(grid: Path):
-    # In order: the group of two (black tea), fox drift, lotus missing.
+    # In order: the group of two (black tea), then lotus (missing), then fox (drift).
     code, shown = converse(grid, "arsa")
     assert code == 1
-    assert pending(grid) == {"fox-home--style"}
+    assert pending(grid) == {"lotus-place-zh--instruct"}
     assert snapshot(grid, "instruct") == form(
         "Black tea offers a sumptuous savour upon the palate."
     )
