@@ -7,7 +7,6 @@ heavy. Knows nothing of how any of them looks, nor of decisions.
 from __future__ import annotations
 
 import math
-import os.path
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,7 +195,9 @@ def _before(case: Case, pieces: str) -> str:
     """*pieces*, or where tokens are parts of characters, what both texts begin with."""
     if "\ufffd" not in pieces or case.then is None:
         return pieces
-    return os.path.commonprefix([case.then.text, case.now.text])[-4 * _AROUND :]
+    pairs = enumerate(zip(case.then.text, case.now.text, strict=False))
+    end = next((place for place, (then, now) in pairs if then != now), None)
+    return case.now.text[:end][-4 * _AROUND :]
 
 
 def _joined(positions: Sequence[Position]) -> str:
