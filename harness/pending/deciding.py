@@ -179,8 +179,8 @@ def _same_stack(case: Case, run: Run | None) -> None:
     for key, value in made.items():
         if newest.get(key) != value:
             raise InputError(
-                f"was made with {key} {value}, the newest run with "
-                f"{newest.get(key, 'none of that name')}",
+                f"was made with {key} {value[:12]}, the newest run with "
+                f"{newest.get(key, 'none of that name')[:18]}",
                 where=case.name,
                 remedy=_AGAIN,
             )

@@ -48,6 +48,7 @@ SIGNS: Mapping[str, str] = {
     "rejected": "–",
 }
 _AROUND = 8
+_WORST_FIRST = [outcome.value for outcome in reversed(Outcome)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,7 @@ def _urgency(members: Sequence[Record]) -> tuple[int, int, str]:
 
 def counts(records: Records) -> dict[str, int]:
     """How many cases show which verdict or decision, the worst first."""
-    order = [*reversed([outcome.value for outcome in Outcome]), "rejected", "accepted"]
+    order = [*_WORST_FIRST, "rejected", "accepted"]
     found = Counter(display(record) for record in records.cases)
     return {name: found[name] for name in order if found[name]}
 
@@ -151,7 +152,7 @@ def summary(records: Records) -> str:
     broken = len(records.broken)
     line = (
         f"{len(pending)} of {total} cases {'is' if len(pending) == 1 else 'are'} pending: "
-        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        + ", ".join(f"{kinds[kind]} {kind}" for kind in _WORST_FIRST if kinds[kind])
         if pending
         else f"nothing is pending: {total} cases"
     )

@@ -62,7 +62,7 @@ def test_it_shows_the_grid_and_every_change_and_says_what_to_run(grid: Path, cap
     assert "[-unfolds-]{+offers+}" in out
     assert "58.9 %" in out
     assert "noise floor 2e-05" in out
-    assert "4 of 12 cases are pending: 2 changed, 1 drift, 1 missing" in out
+    assert "4 of 12 cases are pending: 2 changed, 1 missing, 1 drift" in out
     assert "next: lora-stack review" in out
     assert pending(grid) == ALL
 
