@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--changed", type=int, default=40)
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    with tempfile.TemporaryDirectory() as folder:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled once, as where it is installed
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as compiled:
+        os.environ["PYTHONPYCACHEPREFIX"] = compiled
         root = Path(folder)
         build(root, arguments.cases, arguments.changed)
         found: dict[str, list[float]] = {name: [] for name in _COMMANDS}

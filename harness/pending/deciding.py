@@ -20,7 +20,6 @@ from typing import Any
 
 from harness.errors import InputError
 from harness.pending.files import (
-    FOLDER,
     Run,
     locked,
     read_case,
@@ -66,9 +65,10 @@ def accept(root: Path, records: Iterable[Record]) -> tuple[Decided, ...]:
     with locked(root):
         run = read_records(root).run
         folder = snapshots_folder(root)
-        journal = root / FOLDER / _STARTED
-        # Should we be killed between two files of one case, the next review ends what began.
-        write_bytes(journal, json.dumps([record.name for record in records]).encode())
+        journal = folder / _STARTED
+        # Should we be killed between two files of one case, the next review ends what began. The
+        # word for it lies with the snapshots: in a foreign `.pending/` it would decide for us.
+        write_bytes(journal, json.dumps([record.details_sha256 for record in records]).encode())
         try:
             return tuple(_accepted(root, folder, run, record) for record in records)
         finally:
@@ -83,17 +83,21 @@ def reject(root: Path, records: Iterable[Record]) -> tuple[Decided, ...]:
 
 def finish_acceptances(root: Path) -> tuple[Decided, ...]:
     """End what a killed acceptance began: snapshots of which some files, not all, were written."""
-    journal = root / FOLDER / _STARTED
+    folder = snapshots_folder(root)
+    journal = folder / _STARTED
     if not journal.exists():
         return ()
     with locked(root):
         try:
-            names = set(json.loads(journal.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
-            names = set()
+            started = {str(digest) for digest in json.loads(journal.read_bytes())}
+        except (OSError, ValueError, TypeError):
+            started = set()
         found = read_records(root)
-        folder = snapshots_folder(root)
-        begun = [r for r in found.pending if r.name in names and _half_written(root, folder, r)]
+        begun = [
+            record
+            for record in found.pending
+            if record.details_sha256 in started and _half_written(root, folder, record)
+        ]
         done = tuple(_accepted(root, folder, found.run, record) for record in begun)
         journal.unlink(missing_ok=True)
         return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import multiprocessing
 import os
 import subprocess
@@ -370,7 +371,7 @@ from pathlib import Path
 from harness.pending import accept, read_records
 root, replace, done = Path(sys.argv[1]), Path.replace, []
 def dying(self, target):
-    if "snapshots" in Path(target).parts and ".staging" not in Path(target).name:
+    if target.parent.parent.name == "snapshots" and not target.name.startswith("."):
         if done: os._exit(9)
         done.append(target)
     return replace(self, target)
@@ -395,3 +396,14 @@ def test_what_a_killed_acceptance_began_the_next_review_ends(tmp_path: Path):
         assert after == [any(before)] * 2  # whole, or not begun
     assert len(read_records(tmp_path).pending) == 1
     assert finish_acceptances(tmp_path) == ()
+
+
+def test_a_foreign_folder_cannot_claim_that_acceptances_had_begun(tmp_path: Path):
+    item = case(root=tmp_path)
+    half = {**item.accepting, list(item.accepting)[1]: b"old evidence"}  # one file as it is
+    recorded(tmp_path, dataclasses.replace(item, accepting=half))
+    names = [only(tmp_path).name, only(tmp_path).details_sha256]
+    (tmp_path / FOLDER / ".accepting.json").write_text(json.dumps(names))
+    before = snapshot_text(tmp_path, item)
+    assert finish_acceptances(tmp_path) == ()
+    assert snapshot_text(tmp_path, item) == before
