@@ -3,7 +3,8 @@
 PEFT's own switches go wrong silently: an unknown name in `set_adapter` is skipped, a doubled one
 is applied twice, `set_adapter` turns gradients on, `merge_adapter` and `unmerge_adapter` do not
 restore the base's bits. So the mode is set, then read back layer by layer; and a merged mode swaps
-parameters and puts the originals back. At rest every adapter is off. Knows nothing of prompts.
+parameters, a flattened one forward passes, and both put the originals back. At rest every adapter
+is off. Knows nothing of prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from harness.errors import InputError
 from harness.lora import LoraPair, add_deltas
 from harness.stack import Mode
 
-__all__ = ["apply_live", "apply_merged", "check_active", "rest"]
+__all__ = ["apply_flattened", "apply_live", "apply_merged", "check_active", "rest"]
 
 
 @contextlib.contextmanager
@@ -48,6 +49,51 @@ def apply_live(model: Any, mode: Mode) -> Iterator[None]:
         for name, layer in layers.items():
             layer.scaling.update(scales[name])
         rest(model)
+
+
+@contextlib.contextmanager
+def apply_flattened(model: Any, mode: Mode) -> Iterator[None]:
+    """*mode*'s adapters as one: `A = [w₁s₁A₁; w₂s₂A₂]`, `B = [B₁|B₂]`, from what is in memory.
+
+    Every layer's forward pass is replaced for the block, so that one product with A and one with B
+    stand for those of each adapter.
+
+    Raises:
+        InputError: an adapted layer is no linear one.
+    """
+    layers = lora_layers(model)
+    replaced: list[Any] = []
+    try:
+        for name, layer in layers.items():
+            terms = [(n, w) for n, w in mode.weights if n in layer.lora_A]
+            if any(n in layer.lora_embedding_A for n, _ in mode.weights):
+                raise InputError(
+                    f"{name} is an embedding, which is not flattened in memory",
+                    where="application flattened",
+                    remedy="use live or merged",
+                )
+            if terms:
+                # An entry of the instance hides the class's method, and is taken out after.
+                vars(layer)["forward"] = _flattened_forward(layer, terms)
+                replaced.append(layer)
+        check_active(layers, Mode(name=mode.name), {})
+        yield
+    finally:
+        for layer in replaced:
+            del vars(layer)["forward"]
+        rest(model)
+
+
+def _flattened_forward(layer: Any, terms: list[tuple[str, float]]) -> Any:
+    a = torch.cat([layer.lora_A[n].weight * (layer.scaling[n] * w) for n, w in terms])
+    b = torch.cat([layer.lora_B[n].weight for n, _ in terms], dim=1)
+    linear = torch.nn.functional.linear
+
+    def forward(x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        result: torch.Tensor = layer.base_layer(x, *arguments, **named)
+        return result + linear(linear(x.to(a.dtype), a), b).to(result.dtype)
+
+    return forward
 
 
 def rest(model: Any) -> None:

@@ -30,6 +30,7 @@ class Setting:
     folder: Path
     values: Mapping[str, Any]
     asked_for: bool
+    drift_fails: bool = True
     _stack: AdapterStack | None = None
     _preset: Preset | None = None
 
@@ -78,7 +79,15 @@ def read_setting(config: pytest.Config) -> Setting:
         folder=config.invocation_params.dir if from_command_line else config.rootpath,
         values=values,
         asked_for=options.named or bool(modes) or any(given.values()),
+        drift_fails=_drift_fails(config),
     )
+
+
+def _drift_fails(config: pytest.Config) -> bool:
+    chosen = config.getoption(DEST + "drift") or config.getini("lora_drift")
+    if chosen not in ("fail", "warn"):
+        raise pytest.UsageError(f"lora_drift: {chosen!r} is neither fail nor warn")
+    return bool(chosen == "fail")
 
 
 def _count(value: object, name: str) -> int | None:
