@@ -169,7 +169,7 @@ def print_case(out: Console, case: Case, *, tokens: bool = False) -> None:
     )  # fmt: skip
     _line(out, Text(f"  prompt  {shown(' '.join(case.prompt_text.split()))}", style="dim"))
     if case.then is None:
-        _line(out, Text.assemble("  now     ", (shown(case.now.text), "green")))
+        _line(out, Text.assemble("  now     ", (_indented(shown(case.now.text)), "green")))
     else:
         _line(out, Text("  text    ").append_text(_words(case.then.text, case.now.text)))
     stops = [case.then.stop_reason] if case.then else []
@@ -187,12 +187,17 @@ def _words(then: str, now: str) -> Text:
     line = Text()
     for piece in word_diff(then, now):
         if piece.change is Change.KEPT:
-            line.append(shown(piece.text))
+            line.append(_indented(shown(piece.text)))
         elif piece.change is Change.REMOVED:
-            line.append(f"[-{shown(piece.text)}-]", "red strike")
+            line.append(f"[-{_indented(shown(piece.text))}-]", "red strike")
         else:
-            line.append(f"{{+{shown(piece.text)}+}}", "bold green")
+            line.append(f"{{+{_indented(shown(piece.text))}+}}", "bold green")
     return line
+
+
+def _indented(text: str) -> str:
+    """Further lines below the first one's words."""
+    return text.replace("\n", "\n" + " " * 10)
 
 
 def _print_fork(out: Console, case: Case) -> None:
