@@ -40,7 +40,6 @@ _LIGHT = frozenset({Outcome.HELD, Outcome.SKIPPED})
 _WORDED = {
     Outcome.DRIFT: "the same tokens, with other probabilities",
     Outcome.INCOMPARABLE: "made under other conditions",
-    Outcome.UNREADABLE: "what was accepted cannot be read",
 }
 
 
@@ -214,11 +213,15 @@ def _bounded(lines: Iterable[str], characters: int = 2_000, count: int = 40) -> 
 def _change(case: Case) -> tuple[str, str]:
     """What tells this change from others, as a digest, and in one line for people."""
     outcome = case.verdict.outcome
-    if case.then is None or outcome in _WORDED:
+    if outcome in _WORDED:
         differing = _differing(case) if outcome is Outcome.INCOMPARABLE else ()
-        words = _WORDED.get(outcome, "nothing is accepted yet")
-        words += f": {', '.join(differing)}" if differing else ""
+        words = _WORDED[outcome] + (f": {', '.join(differing)}" if differing else "")
         return _digest(outcome.value, *differing), words
+    if case.then is None:
+        text = " ".join(case.now.text.split())
+        why = "cannot be read" if outcome is Outcome.UNREADABLE else "nothing is accepted yet"
+        said = text if len(text) <= 200 else text[:200] + "…"
+        return _digest(outcome.value, case.now.stop_reason, case.now.text), f"{why}; now: {said}"
     hunks: list[str] = []
     words = ""
     for piece in word_diff(case.then.text, case.now.text):
