@@ -17,7 +17,8 @@ from typing import Any
 from harness.completion import GenerationSettings, Message, Prompt
 from harness.embedded import embedded_folder
 from harness.errors import InputError
-from harness.strict_json import read_toml, regular_file
+from harness.file_kinds import regular_file
+from harness.strict_json import read_toml
 
 __all__ = [
     "choose_preset",
