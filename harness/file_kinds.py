@@ -119,7 +119,10 @@ def foreign_format(head: bytes, size: int) -> tuple[str, str] | None:
                 "a pickle (torch.save) under another name; pickles can run code and are not read",
                 _TORCH_ADVICE,
             )
-        return "a zip archive", "unpack it first"
+        return (
+            "a zip archive (torch.save writes its pickles so), not safetensors",
+            f"unpack it first, or {_TORCH_ADVICE}",
+        )
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"(dp", b"}q\x00")):
         return (
             "a pickle (torch.save) under another name; pickles can run code and are not read",

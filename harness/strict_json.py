@@ -27,11 +27,13 @@ __all__ = [
     "read_toml",
 ]
 
-#: The most that any JSON file may have: parsed, the worst of them takes some hundred megabytes.
+#: The most that any JSON file may have: the largest index or header in use is a few megabytes.
 MAX_JSON_BYTES = 16 * 1024 * 1024
 #: The most that a configuration, a declaration or a template may have.
 MAX_CONFIG_BYTES = 1024 * 1024
 _MAX_DEPTH = 64
+# What bounds the memory: parsed, an item takes some hundred bytes, whatever it takes in the file.
+_MAX_CONTAINERS, _MAX_ITEMS = 2_000_000, 3_000_000
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -83,6 +85,8 @@ def parse_json_object(data: bytes, *, where: Path | str) -> dict[str, Any]:
     def refuse(fault: str) -> NoReturn:
         raise InputError(fault, where=where, remedy="write it anew as plain UTF-8 JSON")
 
+    if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS or data.count(b",") > _MAX_ITEMS:
+        refuse(f"holds more than {_MAX_CONTAINERS} lists and objects, or {_MAX_ITEMS} items")
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         refuse("starts with a byte-order mark")
     try:
@@ -183,9 +187,11 @@ def _keys(text: str) -> Iterator[tuple[str, set[str], int]]:
         before = word
 
 
-def read_toml(path: Path, *, what: str, remedy: str | None = None) -> dict[str, Any]:
+def read_toml(
+    path: Path, *, what: str, remedy: str | None = None, limit: int = MAX_CONFIG_BYTES
+) -> dict[str, Any]:
     """Read a TOML file; raises `InputError` with line and column where it cannot be read."""
-    data = _read(path, what=what, remedy=remedy, limit=MAX_CONFIG_BYTES)
+    data = _read(path, what=what, remedy=remedy, limit=limit)
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # both of its own errors are ValueErrors
