@@ -150,7 +150,7 @@ def finish(
             "report": str(folder),
             **as_json(figures, plots=plots or ()),
         }
-        json.dump(value, sys.stdout, ensure_ascii=False, indent=2, allow_nan=False)
+        json.dump(value, sys.stdout, ensure_ascii=True, indent=2, allow_nan=False)
         print()
     else:
         _print(figures, folder)

@@ -235,8 +235,14 @@ class PeftEngine:
         *,
         application: Application = Application.LIVE,
         progress: Progress | None = None,
+        finished: Callable[[Completion], None] | None = None,
     ) -> tuple[Completion, ...]:
-        """Complete every prompt in *mode*; the results come in the order of the prompts."""
+        """Complete every prompt in *mode*; the results come in the order of the prompts.
+
+        Args:
+            finished: called with each completion when its batch is through, the shortest prompts
+                first: what an interrupt leaves.
+        """
         settings = settings or GenerationSettings()
         if settings.do_sample and settings.seed is None:
             raise InputError("do_sample needs a seed", where="generation", remedy="set seed = 0")
@@ -259,6 +265,8 @@ class PeftEngine:
                     done[request.place] = self._completion(
                         request, row, chosen, application, settings
                     )
+                    if finished is not None:
+                        finished(done[request.place])
                 report(1.0)
         return tuple(done[place] for place in range(len(requests)))
 
