@@ -58,7 +58,7 @@ def run_here(
             try:
                 engine.generate(
                     preset.prompts,
-                    mode,
+                    request.stack.mode(mode),
                     preset.settings,
                     application=request.application,
                     progress=progress,

@@ -83,23 +83,42 @@ class _Watch:
         self._request, self._collected, self._left = request, collected, left
         self._loaded, self._progress = loaded, progress
         self.is_loaded = self.did_something = False
+        self._pending, self._begun = b"", 0.0
 
     def follow(self, reader: int, timeout: float | None) -> bool:
         """Handle messages until the child ends (True) or hangs past *timeout* (False)."""
-        begun, pending = time.monotonic(), b""
-        while True:
-            room = None if timeout is None else max(0.0, begun + timeout - time.monotonic())
-            if not select.select([reader], [], [], room)[0]:
-                return False
-            data = os.read(reader, 1 << 16)
-            if not data:
-                return True
-            *lines, pending = (pending + data).split(b"\n")
-            for line in lines:
-                message = as_message(line)
-                self._take(message)
-                if message["kind"] in ("loaded", "done", "failed"):
-                    begun = time.monotonic()  # the clock of the next mode
+        try:
+            self._begun = time.monotonic()
+            while True:
+                room = None
+                if timeout is not None:
+                    room = max(0.0, self._begun + timeout - time.monotonic())
+                if not select.select([reader], [], [], room)[0]:
+                    return False
+                if not self._read(reader):
+                    return True
+        except KeyboardInterrupt:
+            # What the child has told already was done, and is not lost.
+            self._take_pending()
+            while select.select([reader], [], [], 0)[0] and self._read(reader):
+                pass
+            raise
+
+    def _read(self, reader: int) -> bool:
+        """Take the messages that are there; False when the child has closed its end."""
+        data = os.read(reader, 1 << 16)
+        self._pending += data
+        self._take_pending()
+        return bool(data)
+
+    def _take_pending(self) -> None:
+        while b"\n" in self._pending:
+            line, _, rest = self._pending.partition(b"\n")
+            message = as_message(line)
+            self._take(message)
+            if message["kind"] in ("loaded", "done", "failed"):
+                self._begun = time.monotonic()  # the clock of the next mode
+            self._pending = rest  # last: interrupted before, it is taken again
 
     def _take(self, message: dict[str, object]) -> None:
         kind, mode, collected = message["kind"], str(message.get("mode", "")), self._collected
@@ -128,7 +147,8 @@ class _Watch:
                 raise HarnessError(f"a child told of {kind!r}, which nobody knows")
 
     def _leave(self, mode: str) -> None:
-        self._left.remove(mode)
+        if mode in self._left:
+            self._left.remove(mode)
         self.did_something = True
 
 
