@@ -7,6 +7,7 @@ they mean is known below.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,10 @@ import pytest
 from harness.adapter_files import adapter_digest
 from harness.completion import Application, Completion, Prompt
 from harness.errors import InputError
+from harness.interrupts import terminable
 from harness.options import spellings
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
-from harness.plugin.summary import case_of, outcome_of, write_summary
+from harness.plugin.summary import case_of, outcome_of, write_end, write_summary
 from harness.preset import Preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack, Mode
@@ -239,15 +241,41 @@ class Completions:
     def __init__(self, engine: PeftEngine, preset: Preset) -> None:
         self._engine, self._preset = engine, preset
         self._found: dict[tuple[Mode, Application], tuple[Completion, ...]] = {}
+        self._lost: dict[tuple[Mode, Application], str] = {}
+        self._broken = ""
 
     def of(self, mode: Mode, application: Application = Application.LIVE) -> tuple[Completion, ...]:
-        """The completions of *mode*, in the order of the preset's prompts."""
+        """The completions of *mode*, in the order of the preset's prompts.
+
+        A mode that runs out of memory fails its tests, each at once, and the other modes go on;
+        after a broken device (a sticky CUDA error) every mode that was not generated yet fails.
+        """
         key = (mode, application)
         if key not in self._found:
-            self._found[key] = self._engine.generate(
+            if lost := self._lost.get(key, self._broken):
+                pytest.fail(lost, pytrace=False)
+            self._generate(mode, application)
+        return self._found[key]
+
+    def _generate(self, mode: Mode, application: Application) -> None:
+        from harness.engines.faults import device_fault, give_memory_back
+
+        try:
+            self._found[mode, application] = self._engine.generate(
                 self._preset.prompts, mode, self._preset.settings, application=application
             )
-        return self._found[key]
+            return
+        except Exception as error:
+            fault = device_fault(error)
+            if fault is None:
+                raise
+        lost = shown(f"{mode.name}: {fault.said}\n→ {fault.remedy}")
+        self._lost[mode, application] = lost
+        if fault.sticky:
+            self._broken = f"the device has been broken since {lost}"
+        else:
+            give_memory_back()
+        pytest.fail(lost, pytrace=False)
 
 
 @pytest.fixture(scope="session")
@@ -323,5 +351,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return (yield)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.stash[SETTING].asked_for and not hasattr(session.config, "workerinput"):
+        # A scheduler's SIGTERM ends the session as Ctrl-C does: with a summary of what ran.
+        ending = contextlib.ExitStack()
+        ending.enter_context(terminable())
+        session.config.add_cleanup(ending.close)
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     write_summary(terminalreporter, config)
+    write_end(terminalreporter, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
