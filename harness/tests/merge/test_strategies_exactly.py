@@ -137,7 +137,7 @@ def test_knots_of_one_adapter_is_that_adapter():
 
 def test_tsv_gives_each_task_its_share_of_the_rank():
     pairs = [(draw(4, 3, seed=n), draw(3, 6, seed=9 + n)) for n in range(3)]
-    left, right = STRATEGIES["tsv"].factors(pairs, [1.0] * 3, StrategyOptions())
+    left, _ = STRATEGIES["tsv"].factors(pairs, [1.0] * 3, StrategyOptions())
     assert left.shape == (4, 3)  # min(4, 6) // 3 = 1 each
     two = STRATEGIES["tsv"].factors(pairs[:2], [1.0] * 2, StrategyOptions())
     assert two[0].shape == (4, 4)
