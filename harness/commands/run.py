@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from harness.preflight import check_stack_files
     from harness.report.run import as_json, write_run
     from harness.report.terminal import print_banner, print_report
     from harness.resolve import stack_from_options
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = stack_options_of(arguments)
     stack = stack_from_options(options)
+    # Before torch is imported: what is broken is said in a second.
+    check_stack_files(stack, trust_remote_code=options.trust_remote_code)
     preset = chosen_preset(arguments, stack)
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
     check_place(folder)

@@ -35,6 +35,7 @@ from harness.engines.loading import (
     load_tokenizer,
 )
 from harness.errors import InputError
+from harness.preflight import check_stack_files
 from harness.stack import AdapterStack, Mode
 from harness.tensor_files import DTYPE_BYTES
 
@@ -79,8 +80,10 @@ class PeftEngine:
     ) -> None:
         self.stack = stack
         self.files: dict[str, AdapterFiles] = {
-            adapter.name: read_adapter(adapter.path) for adapter in stack.adapters
+            adapter.name: read_adapter(adapter.path, trust_remote_code=trust_remote_code)
+            for adapter in stack.adapters
         }
+        check_stack_files(stack, trust_remote_code=trust_remote_code)
         chosen_dtype = choose_dtype(dtype)
         self.checkpoint = read_checkpoint(stack.base.path)
         self._weight_bytes = sum(
