@@ -159,8 +159,8 @@ def open_sources(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple
     """Open the adapters, in canonical order, and check that every number in them is finite.
 
     Raises:
-        InputError: a broken or non-additive adapter; NaN, infinity or an absurd size in a factor; an
-            adapter that changes nothing.
+        InputError: a broken or non-additive adapter; NaN, infinity or an absurd size in a factor;
+            an adapter that changes nothing.
     """
     sources = []
     faults: list[InputError] = []

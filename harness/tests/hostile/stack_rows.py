@@ -1,4 +1,4 @@
-"""Stacks whose folders are sound, and do not belong together. Each row may give its own arguments."""
+"""Stacks whose folders are sound, and do not belong together. A row may give its own arguments."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _narrow(dtype: str, value: int) -> Any:
 
 
 def _double(t: dict[str, Any]) -> None:
-    dtype, shape, raw = t[B0]
+    _, shape, raw = t[B0]
     wide = struct.unpack(f"<{len(raw) // 4}f", raw)
     t[B0] = ("F64", shape, struct.pack(f"<{len(wide)}d", *wide[:-1], float("nan")))
 

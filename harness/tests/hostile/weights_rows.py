@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 from harness.tests.hostile.folders import A0, B0, WEIGHTS, Folders, write_header
@@ -26,7 +27,7 @@ def _replace_by(make: Any) -> Any:
 
 
 def _socket(f: Folders) -> None:
-    here = os.getcwd()
+    here = Path.cwd()
     os.chdir(f.style)  # a socket's path may have a hundred bytes
     try:
         with socket.socket(socket.AF_UNIX) as made:
@@ -58,7 +59,8 @@ def _twice(header: bytes) -> bytes:
 
 
 def _swap_ranges(h: dict[str, Any]) -> None:
-    h[A0]["data_offsets"], h[B0]["data_offsets"] = h[B0]["data_offsets"], h[A0]["data_offsets"]
+    up = B0.replace("self_attn.q_proj", "mlp.up_proj")
+    h[A0]["data_offsets"], h[up]["data_offsets"] = h[up]["data_offsets"], h[A0]["data_offsets"]
 
 
 def _shift(by: int) -> Any:
@@ -126,14 +128,14 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("zeros only", WHOLE, "never written", _replace(b"\0" * 4096)),
     ("header length 2^64-1", WHOLE, "header claims", _length(2**64 - 1)),
     ("header length 0", WHOLE, "line 1, column 1", _length(0)),
-    ("header length one short", WHOLE, "line 1", lambda f: _length(_len(f) - 1)(f)),
+    ("header length one short", WHOLE, "1 bytes after", lambda f: _length(_len(f) - 1)(f)),
     ("header length past the end", WHOLE, "header claims",
      lambda f: _length(f.weights.stat().st_size)(f)),
     ("header is a list", WHOLE, "a list, not an object", _header_bytes(lambda h: b"[]")),
     ("header is not utf-8", WHOLE, "not UTF-8", _header_bytes(lambda h: b"\xff" + h[1:])),
     ("header has a bom", WHOLE, "byte-order mark", _header_bytes(lambda h: b"\xef\xbb\xbf" + h)),
     ("tensor named twice", WHOLE, A0, _header_bytes(_twice)),
-    ("header with NaN", WHOLE, "NaN", _header_bytes(lambda h: h[:-1] + b',"x":NaN}')),
+    ("header with NaN", WHOLE, "NaN", _header_bytes(lambda h: h.rstrip()[:-1] + b',"x":NaN}')),
     ("header a thousand deep", WHOLE, "levels deep",
      _header_bytes(lambda h: b'{"x":' + b"[" * 1000 + b"]" * 1000 + b"}")),
     ("header 100,000 deep", WHOLE, "levels deep",
