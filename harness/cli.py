@@ -25,7 +25,9 @@ from harness.terminal import shown
 
 __all__ = ["main"]
 
-_COMMANDS = ("run", "verify", "merge", "flatten", "analyze", "compare")
+_COMMANDS = (
+    "run", "verify", "merge", "flatten", "analyze", "compare", "check-files", "lock",
+)  # fmt: skip
 _USAGE_ERROR, _INTERNAL_ERROR = 2, 3
 
 
@@ -87,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {shown(message)}", file=sys.stderr)
+    for line in message.split("\n"):
+        print(f"error: {shown(line)}", file=sys.stderr)
     return code
 
 

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from harness.preflight import check_stack_files
     from harness.report.run import as_json, write_run
     from harness.report.terminal import print_banner, print_report
     from harness.running import Collected, Request
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.timeout} is no time", where="--timeout", remedy="write seconds, e.g. 600"
         )
     request = Request.of(arguments)
+    # Before torch is imported: what is broken is said in a second.
+    check_stack_files(request.stack, trust_remote_code=request.trust_remote_code)
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
     inputs = [request.stack.base.path, *(adapter.path for adapter in request.stack.adapters)]
     check_place(folder, inputs=inputs)

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.adapter_files import AdapterFiles, adapter_digest, read_adapter
-from harness.errors import InputError
+from harness.errors import InputError, combined
 from harness.merge.storage import RAW, decode
+from harness.preflight import check_adapter_values
 from harness.stack import Adapter
 from harness.tensor_files import TensorEntry
 
@@ -158,11 +159,14 @@ def open_sources(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple
     """Open the adapters, in canonical order, and check that every number in them is finite.
 
     Raises:
-        InputError: a broken or non-additive adapter; NaN or infinity in a factor.
+        InputError: a broken or non-additive adapter; NaN, infinity or an absurd size in a factor;
+            an adapter that changes nothing.
     """
     sources = []
+    faults: list[InputError] = []
     for adapter, weight in zip(adapters, weights, strict=True):
         files = read_adapter(adapter.path)
+        check_adapter_values(files, faults)
         if files.config.not_additive:
             raise InputError(
                 f"cannot be merged: {files.config.not_additive[0]}",
@@ -178,23 +182,10 @@ def open_sources(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple
             digest=adapter_digest(adapter.path),
             data=data,
         )
-        _check_finite(source)
         sources.append(source)
+    if faults:
+        raise combined(faults)
     return tuple(sorted(sources, key=lambda source: (source.digest, source.weight)))
-
-
-def _check_finite(source: Source) -> None:
-    for pair in source.files.pairs.values():
-        for entry in (pair.a, pair.b):
-            # The sum of squares is finite only if every number is, and needs no temporary.
-            flat = source.array(entry, np.float32 if entry.dtype != "F64" else np.float64).ravel()
-            if not math.isfinite(float(np.vdot(flat, flat))) and not np.isfinite(flat).all():
-                raise InputError(
-                    f"tensor {entry.name!r} holds NaN or infinity",
-                    where=source.files.tensors.path,
-                    remedy="the training diverged, or the file is corrupt: save the adapter again",
-                )
-            source.release(entry)
 
 
 def terms_by_module(sources: Sequence[Source]) -> Mapping[str, tuple[Term, ...]]:
