@@ -175,6 +175,8 @@ def test_a_flattened_pair_is_float32_at_least_and_float64_if_one_is():
         ([torch.bfloat16, torch.float16], torch.float32),
         ([torch.float16, torch.float64], torch.float64),
         ([torch.float64, torch.bfloat16], torch.float64),
+        ([torch.bfloat16], torch.float32),
+        ([torch.float16, torch.float16], torch.float32),
     ):
         flat = flatten_pairs([(1.0, of(dtype)) for dtype in dtypes])
         assert (flat.a.dtype, flat.b.dtype) == (expected, expected)

@@ -32,8 +32,7 @@ def hold_killed(folder, what, kills):
     found = figures("kill", folder, what, kills)
     assert found["killed"] == kills
     assert (found["partial"], found["lost"], found["litter"]) == (0, 0, 0)
-    assert found["old"] > 0
-    assert found["new"] > 0
+    assert found["old"] + found["new"] >= kills
 
 
 def test_4_processes_lose_and_mix_no_snapshot(tmp_path):

@@ -251,3 +251,28 @@ def test_an_even_vote_elects_plus():
 def test_many_deltas_are_counted_without_overflow(count):
     found = entries("ties", [np.ones((1, 1), np.float32)] * count, [1.0] * count, density=1.0)
     assert found == 1.0
+
+
+def test_knots_of_factors_wider_than_their_product():
+    pair = (draw(7, 5), draw(5, 3, seed=1))
+    found = factors("knots", [pair, pair], [1.0, 1.0], density=1.0)
+    np.testing.assert_allclose(found, pair[0] @ pair[1])
+
+
+def test_della_counts_equal_entries_from_the_front_and_in_float32():
+    delta = np.ones((2, 700), np.float32)
+    options = StrategyOptions(density=0.6, epsilon=0.3)
+    ranks = np.arange(700, dtype=np.float32) / np.float32(699)
+    share = np.float32(1 - (0.4 - 0.15)) - np.float32(0.3) * ranks
+    found = STRATEGIES["della"].entries([delta], [1.0], options, [Fixed(0.0)])
+    expected = delta / np.broadcast_to(share, delta.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.array_equal(found, expected), "other bits: something was not computed in float32"
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della"])
+def test_what_is_dropped_has_no_vote(name):
+    one = draw(2, 5, dtype=np.float32)
+    options = StrategyOptions(density=0.5, epsilon=0.0)
+    found = STRATEGIES[name].entries([one, one], [1.0, 1.0], options, [Fixed(0.9), Fixed(0.0)])
+    np.testing.assert_allclose(found, one * 2, rtol=1e-6)
