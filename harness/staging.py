@@ -139,11 +139,9 @@ def _fresh_beside(target: Path, *, folder: bool) -> tuple[Path, int]:
         try:
             flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
             held = os.open(staged, flags, 0o666)
-        except FileNotFoundError:
-            if folder:
+        except OSError as error:
+            if folder and isinstance(error, FileNotFoundError):
                 continue  # swept before it could be locked: this process stood still for long
-            raise
-        except OSError:
             if folder:
                 staged.rmdir()
             raise
