@@ -152,11 +152,13 @@ def lock_faults(
             entry = held["adapters"][adapter.name]
             ours = now["adapters"][adapter.name]
             part = f"adapter {adapter.name!r}"
-            changed = _part_faults(path, part, entry, ours, adapter.path)
-            faults += changed
-            kept = entry.get("parent")
-            if not changed and isinstance(kept, dict):
-                faults += _parent_faults(adapter.name, kept, ours["parent"])
+            faults += _part_faults(path, part, entry, ours, adapter.path)
+    if not faults:
+        for adapter in stack.adapters:
+            kept = held["adapters"][adapter.name].get("parent")
+            if isinstance(kept, dict):
+                ours = now["adapters"][adapter.name]["parent"]
+                faults += _parent_faults(adapter.name, kept, ours)
     return faults
 
 

@@ -42,7 +42,7 @@ def test_what_a_mode_leaves_behind_is_noticed_after_it(engine, application):
     from harness.engines.loading import ActivationError
 
     with (
-        pytest.raises(ActivationError, match="after mode stacked: .*norm.*is other"),
+        pytest.raises(ActivationError, match=r"after mode stacked: .*norm.*is other"),
         engine.mode("stacked", Application(application)),
     ):
         parameter(engine, "norm.weight").data += 1e-3
@@ -74,7 +74,7 @@ def test_base_in_memory_is_held_against_the_shards(engine):
     count = len(engine.checkpoint.places)
     assert witness.compare_base_with_files(engine.model, engine.checkpoint) == count
     parameter(engine, "down_proj.base_layer.weight").data[0, 0] += 1
-    with pytest.raises(witness.ActivationError, match="differs from .*model.safetensors"):
+    with pytest.raises(witness.ActivationError, match=r"differs from .*model.safetensors"):
         witness.compare_base_with_files(engine.model, engine.checkpoint)
 
 
