@@ -79,6 +79,12 @@ STACK_OPTIONS: tuple[Option, ...] = (
         help="a stack declared in TOML: base, adapters, expected stopping",
     ),
     Option(
+        flag="--lock",
+        attribute="lock_file",
+        metavar="FILE",
+        help="hold the files against this lock (stack.lock.json beside the stack; none: no lock)",
+    ),
+    Option(
         flag="--modes",
         metavar="M,…",
         repeated=True,
@@ -170,7 +176,11 @@ def stack_options(namespace: Any) -> StackOptions:
     values: dict[str, Any] = {}
     for field in fields(StackOptions):
         value = getattr(namespace, field.name, None)
-        values[field.name] = tuple(value or ()) if isinstance(field.default, tuple) else value
+        if isinstance(field.default, tuple):
+            value = tuple(value or ())
+        elif isinstance(field.default, bool):
+            value = bool(value)
+        values[field.name] = value
     return StackOptions(**values)
 
 

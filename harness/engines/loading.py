@@ -127,12 +127,6 @@ def load_base(
 ) -> Any:
     """The base as a transformers model in `eval()` mode, without gradients."""
     where = checkpoint.folder
-    if checkpoint.config.get("auto_map") and not trust_remote_code:
-        raise InputError(
-            "auto_map: the model needs Python code from its own folder",
-            where=where / "config.json",
-            remedy="pass --trust-remote-code if you trust that code",
-        )
     with (
         quiet_tools(),
         _as_input_error(where, "check config.json against the weights and transformers"),
@@ -178,19 +172,12 @@ def load_adapters(
     """Wrap *model* with every adapter under its own name; compare each factor with its file.
 
     Raises:
-        InputError: a name that PEFT cannot hold, or a folder that PEFT refuses.
+        InputError: a folder that PEFT refuses.
         ActivationError: a factor in memory differs from the file's.
     """
     wrapped = model
     place = "cpu" if device == "auto" else device
     for adapter in adapters:
-        # PEFT keeps adapters in a ModuleDict, whose attributes cannot be names.
-        if hasattr(torch.nn.ModuleDict, adapter.name):
-            raise InputError(
-                f"PEFT cannot hold an adapter called {adapter.name!r}",
-                where=adapter.source,
-                remedy="call it something else",
-            )
         remedy = "check that the adapter belongs to this base"
         with quiet_tools(), _as_input_error(adapter.path, remedy), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # missing keys: compared below

@@ -12,7 +12,6 @@ import math
 import mmap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from numpy.typing import NDArray
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, PairEntry, read_adapter
 from harness.digests import file_digests
-from harness.errors import InputError
+from harness.errors import InputError, combined
 from harness.merge.storage import RAW, decode
+from harness.preflight import check_adapter_values
 from harness.stack import Adapter
 from harness.tensor_files import TensorEntry
 
@@ -210,11 +210,14 @@ def open_sources(
         what: what they are opened for, for the message.
 
     Raises:
-        InputError: a broken or non-additive adapter; NaN or infinity in a tensor.
+        InputError: a broken or non-additive adapter; NaN, infinity or an absurd size in a factor;
+            an adapter that changes nothing.
     """
     every = [adapter.path / name for adapter in adapters for name in (CONFIG_NAME, WEIGHTS_NAME)]
     found = [(adapter, read_adapter(adapter.path)) for adapter in adapters]
+    faults: list[InputError] = []
     for _, files in found:
+        check_adapter_values(files, faults)
         reasons = [r for r in files.config.not_additive if r.partition(":")[0] not in accept]
         if reasons:
             raise InputError(
@@ -222,6 +225,8 @@ def open_sources(
                 where=files.config.path,
                 remedy="only plain LoRA and rsLoRA adapters are additive",
             )
+    if faults:
+        raise combined(faults)
     digests = file_digests(every)
     sources = []
     for (adapter, files), weight in zip(found, weights, strict=True):
@@ -233,30 +238,8 @@ def open_sources(
         source = Source(
             name=adapter.name, files=files, weight=weight, digest=hashed.hexdigest(), data=data
         )
-        _check_finite(source)
         sources.append(source)
     return tuple(sorted(sources, key=lambda source: (source.digest, source.weight)))
-
-
-def _piece(numbers: Array, *, start: int) -> Array:
-    return numbers.reshape(-1)[start : start + _CHECKED]
-
-
-def _check_finite(source: Source) -> None:
-    for entry in source.files.tensors.entries.values():
-        if entry.dtype not in RAW:
-            continue
-        kind = np.float64 if entry.dtype == "F64" else np.float32
-        for start in range(0, entry.count, _CHECKED):
-            flat = source.array(entry, kind, partial(_piece, start=start))
-            # The sum of squares is finite only if every number is, and needs no temporary.
-            if not math.isfinite(float(np.vdot(flat, flat))) and not np.isfinite(flat).all():
-                raise InputError(
-                    f"tensor {entry.name!r} holds NaN or infinity",
-                    where=source.files.tensors.path,
-                    remedy="the training diverged, or the file is corrupt: save the adapter again",
-                )
-        source.release(entry)
 
 
 def terms_by_module(sources: Sequence[Source]) -> Mapping[str, tuple[Term, ...]]:

@@ -19,7 +19,8 @@ from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, read_adapter
 from harness.checkpoint_files import INDEX_NAME, CheckpointFiles, read_checkpoint
 from harness.digests import file_digests
-from harness.errors import HarnessError, InputError
+from harness.errors import HarnessError, InputError, combined
+from harness.fit import check_base_copies
 from harness.locating import choose_base, locate_adapters
 from harness.merge.factors import Source, adapter_names, check_weights, open_sources
 from harness.merge.places import Watch, check_output, check_space, copy_beside, files_beside
@@ -31,7 +32,6 @@ from harness.merge.storage import DTYPE_NAMES
 from harness.merge.strategies import StrategyOptions, coefficients, find_strategy
 from harness.merge.streaming import Progress, default_workers, write_shards
 from harness.merge.targets import MERGEABLE, check_saved_weights, place
-from harness.resolve import check_base_copies
 from harness.stack import Adapter, Base
 from harness.staging import staged_folder
 
@@ -118,8 +118,11 @@ def merge_lora_adapters(
     checkpoint = read_checkpoint(base.path)
     sources = open_sources(found, [factors[a.name] for a in found], accept=MERGEABLE)
     check_saved_weights(sources, strategy, factors)
+    faults: list[InputError] = []
     for source in sources:
-        check_base_copies(source.files, checkpoint)
+        check_base_copies(source.files, checkpoint, faults)
+    if faults:
+        raise combined(faults)
     plan = make_plan(checkpoint, place(checkpoint, sources), dtype=stored)
     notes = _check_claims(base, found, checkpoint)
     beside = files_beside(checkpoint.folder)

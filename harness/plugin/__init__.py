@@ -7,6 +7,7 @@ they mean is known below.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import pytest
 from harness.adapter_files import adapter_digest
 from harness.completion import Completion, Prompt
 from harness.errors import InputError
+from harness.interrupts import terminable
 from harness.options import spellings
 from harness.plugin.accepted import ACCEPTED, Accepted, Completions, Judged
 from harness.plugin.latency import (
@@ -28,7 +30,13 @@ from harness.plugin.latency import (
     skip_without_meaning,
 )
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
-from harness.plugin.summary import case_of, outcome_of, properties_of, write_summary
+from harness.plugin.summary import (
+    case_of,
+    outcome_of,
+    properties_of,
+    write_end,
+    write_summary,
+)
 from harness.preset import Preset
 from harness.provenance import versions
 from harness.resolve import StackOptions, stack_from_options
@@ -370,5 +378,14 @@ def _concluded(item: pytest.Item) -> list[Judged]:
     return accepted.conclude(snapshot.executions)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.stash[SETTING].asked_for and not hasattr(session.config, "workerinput"):
+        # A scheduler's SIGTERM ends the session as Ctrl-C does: with a summary of what ran.
+        ending = contextlib.ExitStack()
+        ending.enter_context(terminable())
+        session.config.add_cleanup(ending.close)
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     write_summary(terminalreporter, config)
+    write_end(terminalreporter, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)

@@ -90,14 +90,15 @@ def ini_name(option: Option) -> str:
 def read_setting(config: pytest.Config) -> Setting:
     given = {o.dest: config.getoption(DEST + o.dest) for o in OPTIONS}
     standing = {o.dest: config.getini(ini_name(o)) or None for o in OPTIONS}
-    stack_names = [o.dest for o in STACK_OPTIONS if o.dest != "modes"]
+    stack_names = [o.dest for o in STACK_OPTIONS if o.dest not in ("modes", "lock_file")]
     from_command_line = any(given[name] for name in stack_names)
     source = given if from_command_line else standing
     values = {name: standing[name] if value is None else value for name, value in given.items()}
     for name in ("max_new_tokens", "batch_size"):
         values[name] = _count(values[name], name)
     modes = tuple(values["modes"] or ())
-    options = stack_options(SimpleNamespace(**{**source, "modes": modes}))
+    general = {name: values[name] for name in ("lock_file", "trust_remote_code")}
+    options = stack_options(SimpleNamespace(**{**source, "modes": modes, **general}))
     return Setting(
         options=options,
         folder=config.invocation_params.dir if from_command_line else config.rootpath,

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
+from harness.file_kinds import regular_file
 from harness.stopping.causes import Cause, CauseKind
-from harness.strict_json import regular_file
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["LABELS", "DatasetFigures", "Fault", "Offender", "check_training_data"]
