@@ -120,7 +120,7 @@ def test_drift_fails_or_warns_as_asked(project, stack_arguments):
     failed.stdout.fnmatch_lines(["*drift: *prompt-1--stacked*", "*moved by 0.05 nats*"])
     warned = project.runpytest_inprocess("--lora-drift=warn", *stack_arguments)
     warned.assert_outcomes(passed=8)
-    warned.stdout.fnmatch_lines(["*held*drift*", "drift: *", "*moved by 0.05 nats*"])
+    warned.stdout.fnmatch_lines(["*held*drift*", "drift: *prompt-1--stacked: *moved by 0.05 nats*"])
     assert file.read_bytes() == before
     project.makeini("[pytest]\nlora_drift = perhaps")
     wrong = project.runpytest_subprocess(*stack_arguments)
