@@ -22,11 +22,19 @@ from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
 if TYPE_CHECKING:
     from harness.lora import LoraPair
 
-__all__ = ["WEIGHTS_NAME", "AdapterFiles", "PairEntry", "adapter_digest", "read_adapter"]
+__all__ = [
+    "KEY_PREFIX",
+    "WEIGHTS_NAME",
+    "AdapterFiles",
+    "PairEntry",
+    "adapter_digest",
+    "read_adapter",
+]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_KEY_PREFIX = "base_model.model."
+#: What PEFT puts before a base model's names.
+KEY_PREFIX = "base_model.model."
 _ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 _KEY = re.compile(
@@ -141,7 +149,7 @@ def read_adapter(folder: Path, *, faults: list[InputError] | None = None) -> Ada
         tensors=tensors,
         pairs=_pairs(tensors, config, faults),
         base_copies={
-            f"{match['module']}.weight".removeprefix(_KEY_PREFIX): entry
+            f"{match['module']}.weight".removeprefix(KEY_PREFIX): entry
             for name, entry in tensors.entries.items()
             if (match := _BASE_COPY.fullmatch(name))
         },
@@ -155,11 +163,11 @@ def _pairs(
     strangers: list[str] = []
     for key, entry in tensors.entries.items():
         match = _KEY.fullmatch(key)
-        if match is None or not key.startswith(_KEY_PREFIX):
+        if match is None or not key.startswith(KEY_PREFIX):
             if _BASE_COPY.fullmatch(key) is None:
                 strangers.append(key)
             continue
-        module = (match["module"] or match["embedding"]).removeprefix(_KEY_PREFIX)
+        module = (match["module"] or match["embedding"]).removeprefix(KEY_PREFIX)
         factors.setdefault(module, {})[match["factor"] or match["embedding_factor"]] = entry
     if strangers and not config.not_additive:
         fault = InputError(
@@ -167,7 +175,7 @@ def _pairs(
             + (f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else "")
             + "; PEFT would ignore it or write it over the base",
             where=tensors.path,
-            remedy=f"keys read {_KEY_PREFIX}<module>.lora_A.weight and …lora_B.weight",
+            remedy=f"keys read {KEY_PREFIX}<module>.lora_A.weight and …lora_B.weight",
         )
         if faults is None:
             raise fault

@@ -24,7 +24,17 @@ from harness.terminal import shown
 
 __all__ = ["main"]
 
-_COMMANDS = ("run", "verify", "stopping", "merge", "flatten", "analyze", "compare")
+_COMMANDS = (
+    "run",
+    "verify",
+    "stopping",
+    "review",
+    "merge",
+    "flatten",
+    "analyze",
+    "compare",
+    "bench",
+)
 _USAGE_ERROR, _INTERNAL_ERROR, _INTERRUPTED = 2, 3, 130
 
 

@@ -18,14 +18,32 @@ from harness.embedded import embedded_stack_file
 from harness.errors import InputError
 from harness.expectation import read_expectation
 from harness.locating import choose_base, locate_adapters
-from harness.stack import AdapterStack, Base, Mode, default_modes, parse_modes
+from harness.shape import is_random, read_shape
+from harness.stack import (
+    Adapter,
+    AdapterStack,
+    Base,
+    Mode,
+    check_adapter_name,
+    default_modes,
+    parse_modes,
+)
 from harness.strict_json import read_toml
 from harness.tensor_files import same_bytes
 
-__all__ = ["StackOptions", "resolve_stack", "stack_from_options"]
+__all__ = [
+    "RANDOM_RANKS",
+    "StackOptions",
+    "check_base_copies",
+    "random_stack",
+    "resolve_stack",
+    "stack_from_options",
+]
 
 _STACK_KEYS = frozenset({"name", "base", "preset", "stopping_preset", "adapters", "stops", "modes"})
 _STYLE, _INSTRUCT = "style", "instruct"
+#: Adapters of a random base, where none is given: the ranks of a usual two-stage training.
+RANDOM_RANKS: Mapping[str, int] = {_STYLE: 16, _INSTRUCT: 64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +67,18 @@ class StackOptions:
         )  # fmt: skip
 
 
-def stack_from_options(options: StackOptions, *, folder: Path | None = None) -> AdapterStack:
+def stack_from_options(
+    options: StackOptions,
+    *,
+    folder: Path | None = None,
+    random_base: bool = False,
+    random_ranks: Mapping[str, int] | None = None,
+) -> AdapterStack:
     """Resolve *options*; relative paths start from *folder* (the working directory).
+
+    Args:
+        random_base: allow `--base-model random:…`; who measures time allows it.
+        random_ranks: as `random_stack` takes them.
 
     Raises:
         InputError: options that contradict each other, half a pair, or anything that
@@ -59,6 +87,16 @@ def stack_from_options(options: StackOptions, *, folder: Path | None = None) -> 
     here = folder or Path.cwd()
     adapters = _named_adapters(options)
     modes = _split(options.modes)
+    if random_base and options.base_model and is_random(options.base_model):
+        if options.stack_file:
+            raise InputError(
+                "a declared stack and a random base are both given",
+                where="--stack",
+                remedy="give --base-model random:… alone, or with adapters",
+            )
+        return random_stack(
+            options.base_model, adapters=adapters, modes=modes, ranks=random_ranks, folder=here
+        )
     if options.stack_file or not options.named:
         if adapters or options.base_model:
             raise InputError(
@@ -179,6 +217,50 @@ def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
     return dict(declared)
 
 
+def random_stack(
+    source: str,
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    modes: Sequence[str] | None = None,
+    ranks: Mapping[str, int] | None = None,
+    folder: Path | None = None,
+) -> AdapterStack:
+    """A stack whose base is a shape filled with random numbers; for measuring time alone.
+
+    Args:
+        source: `random:qwen3-8b` or `random:PATH` (see `harness.shape`).
+        adapters: real folders to put on the shape; without any, random ones are built.
+        ranks: rank by adapter name of the random adapters; `RANDOM_RANKS` if None.
+
+    Raises:
+        InputError: an unknown shape, adapters that cannot be had, a rank below 1.
+    """
+    here = folder or Path.cwd()
+    shape, path = read_shape(source, where="--base-model", folder=here)
+    base = Base(path=path, source=source, chosen_by="--base-model", shape=shape)
+    if adapters:
+        found = locate_adapters(adapters, folder=here)
+    else:
+        found = []
+        for adapter_name, rank in (RANDOM_RANKS if ranks is None else ranks).items():
+            check_adapter_name(adapter_name, where="--random-rank")
+            if rank < 1:
+                raise InputError(
+                    f"{adapter_name}: {rank} is no rank", where="--random-rank", remedy="use 1 up"
+                )
+            label = f"random, rank {rank}"
+            found.append(
+                Adapter(name=adapter_name, path=Path(label), source=label, random_rank=rank)
+            )
+    names = [adapter.name for adapter in found]
+    return AdapterStack(
+        name="+".join([f"random {shape.name}", *names]),
+        base=base,
+        adapters=tuple(found),
+        modes=parse_modes(modes, names) if modes else default_modes(names),
+    )
+
+
 def resolve_stack(
     *,
     base_model: str | Path | None = None,
@@ -202,6 +284,12 @@ def resolve_stack(
             for one folder.
     """
     here = folder or Path.cwd()
+    if base_model is not None and is_random(str(base_model)):
+        raise InputError(
+            f"{base_model} is random numbers: only its speed means anything",
+            where=base_option,
+            remedy="measure it with lora-stack bench or pytest -m latency; give a checkpoint here",
+        )
     found = locate_adapters(adapters or {}, folder=here)
     files = {adapter.name: read_adapter(adapter.path) for adapter in found}
     for adapter in found:
@@ -214,8 +302,8 @@ def resolve_stack(
     base = choose_base(base_model, base_option, found, files, here)
     checkpoint = read_checkpoint(base.path)
     for adapter_name, adapter_files in files.items():
-        _check_shapes(adapter_name, adapter_files, checkpoint.places, base)
-        _check_base_copies(adapter_files, checkpoint)
+        _check_shapes(adapter_name, adapter_files, checkpoint, base)
+        check_base_copies(adapter_files, checkpoint)
     names = [adapter.name for adapter in found]
     chosen: tuple[Mode, ...] = default_modes(names) if modes is None else parse_modes(modes, names)
     return AdapterStack(
@@ -226,18 +314,20 @@ def resolve_stack(
     )
 
 
-def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], base: Base) -> None:
+def _check_shapes(
+    name: str, adapter: AdapterFiles, checkpoint: CheckpointFiles, base: Base
+) -> None:
     """Hold each pair against the base's weight, where the base has one of that name."""
     matched = 0
     for module, pair in adapter.pairs.items():
-        shard = places.get(f"{module}.weight")
-        if shard is None:
-            continue  # a tied head, or a name that transformers maps while loading
+        stored = checkpoint.weight_name(module)
+        if stored is None:
+            continue  # a name that transformers maps while loading
         matched += 1
         expected = [pair.out_features, pair.in_features]
         if pair.embedding or adapter.config.fan_in_fan_out:
             expected.reverse()
-        shape = list(shard.entries[f"{module}.weight"].shape)
+        shape = list(checkpoint.entry(stored).shape)
         if shape != expected:
             raise InputError(
                 f"module {module!r}: the adapter {name!r} needs a base weight of {expected}, "
@@ -254,8 +344,12 @@ def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], b
         )
 
 
-def _check_base_copies(adapter: AdapterFiles, checkpoint: CheckpointFiles) -> None:
-    """PEFT would write these over the base, for every mode: they must be the base's own bytes."""
+def check_base_copies(adapter: AdapterFiles, checkpoint: CheckpointFiles) -> None:
+    """PEFT would write these over the base, for every mode: they must be the base's own bytes.
+
+    Raises:
+        InputError: one that differs.
+    """
     for name, entry in adapter.base_copies.items():
         place = checkpoint.weight_name(name.removesuffix(".weight"))
         if place is not None:

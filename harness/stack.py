@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
+from harness.shape import Shape
 
 __all__ = [
     "BASE_MODE",
@@ -42,12 +43,15 @@ class Adapter:
         path: the local folder that holds `adapter_config.json`.
         source: what the user gave: the path as written, or `org/name@revision`.
         revision: the resolved commit of a hub id, otherwise None.
+        random_rank: the rank of an adapter that is random numbers and lies in no folder (*path*
+            then names nothing); None for every other.
     """
 
     name: str
     path: Path
     source: str
     revision: str | None = None
+    random_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +63,14 @@ class Base:
         source: what the user or the adapter config gave.
         chosen_by: which rule won, in words (`--base-model`, `adapter_config.json of style`, …).
         revision: the resolved commit of a hub id, otherwise None.
+        shape: what to build when the base is random numbers (`random:…`); None for a checkpoint.
     """
 
     path: Path
     source: str
     chosen_by: str
     revision: str | None = None
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +118,11 @@ class AdapterStack:
     stops: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
     preset: str | None = None
     stopping_preset: str | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether the base is a shape filled with random numbers: only its speed means anything."""
+        return self.base.shape is not None
 
     def adapter(self, name: str) -> Adapter:
         """Return the adapter called *name*; raises `InputError` if there is none."""

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from harness.options import PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS, Option, stack_options
+from harness.options import (
+    BENCH_OPTIONS,
+    PROMPT_OPTIONS,
+    RUN_OPTIONS,
+    STACK_OPTIONS,
+    Option,
+    random_ranks,
+    stack_options,
+)
 from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
@@ -19,7 +27,7 @@ __all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "ini_name", "read_setting"]
 
 #: What every option's destination starts with: pytest's namespace is shared by all plugins.
 DEST = "lora_stack_"
-OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
+OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS + BENCH_OPTIONS
 
 
 @dataclass(kw_only=True)
@@ -30,6 +38,7 @@ class Setting:
     folder: Path
     values: Mapping[str, Any]
     asked_for: bool
+    drift_fails: bool = True
     _stack: AdapterStack | None = None
     _preset: Preset | None = None
     _stopping_preset: Preset | None = None
@@ -37,7 +46,12 @@ class Setting:
     @property
     def stack(self) -> AdapterStack:
         if self._stack is None:
-            self._stack = stack_from_options(self.options, folder=self.folder)
+            self._stack = stack_from_options(
+                self.options,
+                folder=self.folder,
+                random_base=True,
+                random_ranks=random_ranks(self.values.get("random_rank")),
+            )
         return self._stack
 
     @property
@@ -89,7 +103,15 @@ def read_setting(config: pytest.Config) -> Setting:
         folder=config.invocation_params.dir if from_command_line else config.rootpath,
         values=values,
         asked_for=options.named or bool(modes) or any(given.values()),
+        drift_fails=_drift_fails(config),
     )
+
+
+def _drift_fails(config: pytest.Config) -> bool:
+    chosen = config.getoption(DEST + "drift") or config.getini("lora_drift")
+    if chosen not in ("fail", "warn"):
+        raise pytest.UsageError(f"lora_drift: {chosen!r} is neither fail nor warn")
+    return bool(chosen == "fail")
 
 
 def _count(value: object, name: str) -> int | None:
