@@ -20,8 +20,9 @@ from harness.options import stack_options as stack_options_of
 from harness.terminal import console, errors, shown
 
 if TYPE_CHECKING:
+    from harness.completion import Application, Completion
+    from harness.engines.peft import PeftEngine
     from harness.preset import Preset
-    from harness.snapshot import Snapshot
     from harness.stack import AdapterStack
     from harness.stopping import StoppingReport
 
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_option(
         parser, "--snapshots", metavar="DIR",
-        help="figures of the accepted completions in DIR: nothing is generated",
+        help="replay the completions accepted in DIR: nothing that still holds is generated",
     )  # fmt: skip
     add_option(
         parser, "--files-only", action="store_true", help="the files alone: no model is loaded"
@@ -126,31 +127,43 @@ def _examine(arguments: argparse.Namespace, stack: AdapterStack, preset: Preset)
             **extra,
         }
         if arguments.snapshots:
-            accepted = _accepted(Path(arguments.snapshots), stack, preset)
-            return examine_stopping(accepted, engine=engine, **common)
+            said = _replayed(engine, Path(arguments.snapshots), preset, common["application"])
+            return examine_stopping(said, engine=engine, **common)
         return examine_stopping(engine, modes=stack.modes, **common)
 
 
-def _accepted(folder: Path, stack: AdapterStack, preset: Preset) -> list[Snapshot]:
-    """The preset's accepted completions in a snapshots folder, or in a test module's part of it."""
+def _replayed(
+    engine: PeftEngine, folder: Path, preset: Preset, application: Application
+) -> dict[str, tuple[Completion, ...]]:
+    """What each mode says to the preset's prompts, replayed from what was accepted in *folder* (or
+    in a test module's part of it); generated only where the stack says something else by now."""
     from harness.errors import InputError
-    from harness.snapshot import read_snapshot, snapshot_name
+    from harness.replay import complete
+    from harness.snapshot import draft_tokens, snapshot_name
 
-    found = []
-    for mode in stack.modes:
-        for prompt in preset.prompts:
-            name = f"{snapshot_name(preset.name, prompt.id, mode.name)}.toml"
-            for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
-                if path.is_file():
-                    found.append(read_snapshot(path.read_text(encoding="utf-8"), where=path))
-                    break
-    if not found:
-        raise InputError(
-            f"holds no accepted completion of the preset {preset.name}",
-            where=folder,
-            remedy="accept some with pytest --snapshot-update, or name another --preset",
-        )
-    return found
+    said: dict[str, tuple[Completion, ...]] = {}
+    for mode in engine.stack.modes:
+        names = [f"{snapshot_name(preset.name, p.id, mode.name)}.toml" for p in preset.prompts]
+        paths = [
+            next((q for q in (folder / n, *sorted(folder.glob(f"*/{n}"))) if q.is_file()), None)
+            for n in names
+        ]
+        if not any(paths):
+            raise InputError(
+                f"holds no accepted completion of the preset {preset.name} in mode {mode.name}",
+                where=folder,
+                remedy="accept some with pytest --snapshot-update, or name another --preset",
+            )
+        found = complete(
+            engine, preset.prompts, mode, preset.settings,
+            drafts=[draft_tokens(path) if path else None for path in paths],
+            application=application,
+        )  # fmt: skip
+        fresh = sum(str(one) != "replayed" for one in found)
+        if fresh:
+            errors().print(f"{mode.name}: {fresh} of {len(found)} had to be generated")
+        said[mode.name] = tuple(one.completion for one in found)
+    return said
 
 
 def _write(report: StoppingReport, folder: Path) -> None:
