@@ -25,7 +25,9 @@ __all__ = ["OFFLOADED", "LayerFinding", "WeightFinding", "compare_tensor", "exam
 #: The cause of a weight that lies on no device here.
 OFFLOADED = "it is offloaded and not here to be compared"
 _BLOCK = 1 << 18  # elements of a weight in float64 at a time: 2 MiB, which stays in the cache
+_DEVICE_BLOCK = 1 << 24  # on an accelerator: launches and transfers cost more than memory
 _UNADAPTED_ROWS = 8192  # output rows multiplied where no adapter acts; every row is compared
+_NORM_EVERY = 8  # blocks of rows, of which one is measured: the norm is a unit of rounding only
 _DIRECTIONS = 8  # random inputs that a wrong weight is read through
 Others = Callable[[str, LoraPair], Iterable[tuple[str, LoraPair]]]
 
@@ -122,7 +124,7 @@ def examine_layer(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scan:
-    """A weight's finding, the file's `Wx` in float64, and the Frobenius norm of the file's W."""
+    """A weight's finding, the file's `Wx` in float64, and about the Frobenius norm of its W."""
 
     weight: WeightFinding
     reference: Tensor | None
@@ -154,8 +156,9 @@ def _scan(
     coarse_bf16 = live.dtype != torch.bfloat16
     columns = torch.zeros((2, width), dtype=torch.float64, device=device)
     rows = torch.zeros((2, out), dtype=torch.float64, device=device)
-    step = max(1, _BLOCK // width)
-    finite, square = True, 0.0
+    step = max(1, (_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // width)
+    room = torch.empty((min(step, out), width), dtype=torch.float64, device=device)
+    finite, square, measured = True, 0.0, 0
     for start in range(0, out, step):
         here = slice(start, min(start + step, out))
         cast = file[here].to(device).to(live.dtype)
@@ -164,10 +167,13 @@ def _scan(
         wanted = wide is not None and reference is not None and start < shown
         if alike and not merged and not wanted:
             continue
-        block = cast.to(torch.float64)
+        block = room[: cast.shape[0]]
+        block.copy_(cast)
         if wide is not None and reference is not None and wanted:
             reference[:, here] = (wide @ block.T)[:, : shown - start]
-            square += float(block.square().sum())
+            if start // step % _NORM_EVERY == 0:
+                square += float(torch.linalg.vector_norm(block)) ** 2
+                measured += block.shape[0]
         if alike and not merged:
             continue
         now = live[here].to(device, torch.float64)
@@ -192,7 +198,8 @@ def _scan(
 
     def scan(*, equal: bool, units: float, cause: str | None) -> _Scan:
         weight = WeightFinding(name=name, equal=equal, units=units, cause=cause)
-        return _Scan(weight=weight, reference=reference, norm=math.sqrt(square))
+        norm = math.sqrt(square * out / max(1, measured))
+        return _Scan(weight=weight, reference=reference, norm=norm)
 
     if equal and not any(merged.values()):
         return scan(equal=True, units=0.0, cause=None)
