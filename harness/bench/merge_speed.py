@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from harness.staging import write_text
+
 __all__ = ["Run", "main", "measure"]
 
 _OURS = "import sys; from harness.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(_table(runs))
     if arguments.json:
         rows = {name: [asdict(run) for run in found] for name, found in runs.items()}
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(rows, indent=2) + "\n")
     return 0
 
 

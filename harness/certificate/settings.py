@@ -15,9 +15,9 @@ from typing import Any
 from harness.certificate.values import failed, held, listed
 from harness.checkpoint_files import CheckpointFiles
 from harness.completion import GenerationSettings, Prompt
+from harness.ending import PROBE_TURNS, behind_answer, declared_eos, eos_ids
 from harness.engines.inspection import LiveModel, fresh_tokenizer
 from harness.errors import InputError
-from harness.strict_json import read_json_object
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["CACHE", "DECODING", "EOS", "LENGTH", "PADDING", "TEMPLATE", "TOKENS", "check_settings"]
@@ -108,14 +108,6 @@ def _effective(key: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> An
     return own.get(key) if value is None else value
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, int):
-        return (value,)
-    return tuple(int(v) for v in value)
-
-
 def _vocabulary(live: LiveModel) -> int:
     config: Any = getattr(live.bare, "config", None)
     return int(getattr(config, "vocab_size", 0) or 0)
@@ -128,14 +120,6 @@ def _fresh(folder: Path) -> Any:
         return None
 
 
-def _declared_eos(checkpoint: CheckpointFiles) -> tuple[tuple[int, ...], str]:
-    path = checkpoint.folder / "generation_config.json"
-    if path.is_file():
-        found = read_json_object(path, what="generation_config.json").get("eos_token_id")
-        return _ids(found), "generation_config.json"
-    return _ids(checkpoint.config.get("eos_token_id")), "config.json"
-
-
 def _eos(
     checkpoint: CheckpointFiles,
     tokenizer: Any,
@@ -144,9 +128,9 @@ def _eos(
     vocabulary: int,
     prompts: Sequence[Prompt | str],
 ) -> Verdict:
-    effective = _ids(_effective("eos_token_id", given, own))
-    declared, source = _declared_eos(checkpoint)
-    config_eos = _ids(checkpoint.config.get("eos_token_id"))
+    effective = eos_ids(_effective("eos_token_id", given, own))
+    declared, source = declared_eos(checkpoint.folder, checkpoint.config)
+    config_eos = eos_ids(checkpoint.config.get("eos_token_id"))
     faults: list[str] = []
     if not effective:
         faults.append("generation has no EOS id: nothing can stop it but the length")
@@ -186,7 +170,7 @@ def _eos(
             EOS,
             *faults,
             remedy="set eos_token_id in generation_config.json to every id that ends a turn "
-            f"(here: {sorted(set(declared) | set(_ids(end)))})",
+            f"(here: {sorted(set(declared) | set(eos_ids(end)))})",
         )
     return held(EOS, f"generation stops at {list(effective)}; config, {source} and tokenizer agree")
 
@@ -196,10 +180,8 @@ def _end_of_turn(tokenizer: Any, prompts: Sequence[Prompt | str]) -> int | None:
     chats = any(isinstance(prompt, Prompt) and prompt.messages for prompt in prompts)
     if tokenizer is None or not chats or tokenizer.chat_template is None:
         return None
-    answer = "lora"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-    behind = text[text.rfind(answer) + len(answer) :]
+    turns = [dict(turn) for turn in PROBE_TURNS]
+    behind = behind_answer(tokenizer.apply_chat_template(turns, tokenize=False))
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
     return (
         int(ids[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Analyse, write the report, and say what stands out."""
     from harness.analysis.running import analyze
 
-    folder = new_folder(arguments)
+    folder = new_folder(arguments, [arguments.adapter])
     figures = analyze(
         arguments.adapter,
         name=arguments.name,
@@ -84,13 +85,15 @@ def run(arguments: argparse.Namespace) -> int:
     return finish(arguments, figures, folder, _judge(figures))
 
 
-def new_folder(arguments: argparse.Namespace) -> Path:
-    """Where the report goes; a taken place is refused before any work is done."""
-    from harness.staging import new_run_folder
+def new_folder(arguments: argparse.Namespace, adapters: Sequence[str]) -> Path:
+    """Where the report goes; a taken place, one in an adapter, and one that cannot be written are
+    refused before any work is done."""
+    from harness.staging import check_place, new_run_folder
 
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("exists already", where=folder, remedy="name a new folder as --output")
+    check_place(folder, inputs=[Path(name) for name in adapters if Path(name).is_dir()])
     return folder
 
 
@@ -150,7 +153,7 @@ def finish(
             "report": str(folder),
             **as_json(figures, plots=plots or ()),
         }
-        json.dump(value, sys.stdout, ensure_ascii=False, indent=2, allow_nan=False)
+        json.dump(value, sys.stdout, ensure_ascii=True, indent=2, allow_nan=False)
         print()
     else:
         _print(figures, folder)

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, write the report, and say what stands out."""
     from harness.analysis.running import compare
 
-    folder = new_folder(arguments)
+    folder = new_folder(arguments, arguments.adapters)
     figures = compare(
         arguments.adapters,
         names=arguments.names,

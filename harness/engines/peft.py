@@ -26,7 +26,7 @@ from harness.completion import (
     Prompt,
     StopReason,
 )
-from harness.engines.application import apply_live, apply_merged, rest
+from harness.engines.application import apply_mode, rest
 from harness.engines.loading import (
     choose_device,
     choose_dtype,
@@ -34,7 +34,10 @@ from harness.engines.loading import (
     load_base,
     load_tokenizer,
 )
+from harness.engines.templating import templated_ids
+from harness.engines.witness import Witness, compare_base_with_files
 from harness.errors import InputError
+from harness.preflight import check_stack_files
 from harness.stack import AdapterStack, Mode
 from harness.tensor_files import DTYPE_BYTES
 
@@ -50,11 +53,17 @@ _BATCH_SIZE_ELSEWHERE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
-    """A prompt's place in the caller's list, and its token ids."""
+    """A prompt's place in the caller's list, its token ids, and what it has already produced."""
 
     place: int
     prompt: Prompt
     ids: tuple[int, ...]
+    begun: tuple[int, ...] = ()
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """What the model is given: prompt and beginning."""
+        return self.ids + self.begun
 
 
 class PeftEngine:
@@ -79,8 +88,10 @@ class PeftEngine:
     ) -> None:
         self.stack = stack
         self.files: dict[str, AdapterFiles] = {
-            adapter.name: read_adapter(adapter.path) for adapter in stack.adapters
+            adapter.name: read_adapter(adapter.path, trust_remote_code=trust_remote_code)
+            for adapter in stack.adapters
         }
+        check_stack_files(stack, trust_remote_code=trust_remote_code)
         chosen_dtype = choose_dtype(dtype)
         self.checkpoint = read_checkpoint(stack.base.path)
         self._weight_bytes = sum(
@@ -110,6 +121,8 @@ class PeftEngine:
         self.model = load_adapters(model, stack.adapters, self.files, self._placement)
         if stack.adapters:
             rest(self.model)
+        compare_base_with_files(self.model, self.checkpoint)
+        self._witness = Witness(self.model)
 
     def __enter__(self) -> Self:
         return self
@@ -151,30 +164,28 @@ class PeftEngine:
         """Enter *mode* for the block; yields the model with exactly its adapters applied.
 
         Raises:
-            ActivationError: what is active, read back per layer, is not the mode.
-            InputError: an unknown mode, or an application that this engine does not have.
+            ActivationError: what is active, read back per layer, is not the mode; or a weight is
+                no longer what was loaded, before the mode or after it.
+            InputError: an unknown mode, or weights that cannot be merged or flattened in memory.
         """
         chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
         for name in chosen.adapters:
             self.stack.adapter(name)
-        if not self.stack.adapters:
+        self._witness.check(self.model, f"before mode {chosen.name}")
+        with self._entered(chosen, application):
             yield self.model
-            return
-        if application is Application.LIVE:
-            entered = apply_live(self.model, chosen)
-        elif application is Application.MERGED:
-            entered = apply_merged(self.model, chosen, self.files)
-        else:
-            raise InputError(
-                f"the application {application} is not done in memory",
-                where="application",
-                remedy="use live or merged",
-            )
-        with entered:
-            yield self.model
+        self._witness.check(self.model, f"after mode {chosen.name}")
 
     @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
+    def _entered(self, chosen: Mode, application: Application) -> Iterator[None]:
+        if not self.stack.adapters:
+            yield
+            return
+        with apply_mode(self.model, chosen, application, self.files):
+            yield
+
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[None]:
         """One thread for a tiny model on a CPU: threads cost it more than they bring."""
         before = torch.get_num_threads()
         tiny = self.device == "cpu" and self._weight_bytes < _TINY_BYTES
@@ -194,7 +205,7 @@ class PeftEngine:
         if prompt.text is not None:
             ids = self.tokenizer(prompt.text)["input_ids"]
         else:
-            ids = self._templated(prompt)
+            ids = templated_ids(self.tokenizer, prompt)
         if not ids:
             raise InputError("has no tokens", where=f"prompt {prompt.id}", remedy="write some text")
         if len(ids) >= self.context_length:
@@ -205,28 +216,6 @@ class PeftEngine:
             )
         return tuple(ids)
 
-    def _templated(self, prompt: Prompt) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            raise InputError(
-                "neither the base nor an adapter has a chat template",
-                where=f"prompt {prompt.id}",
-                remedy='put chat_template.jinja into the base\'s folder, or use format = "text"',
-            )
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        goes_on = messages[-1]["role"] == "assistant"
-        try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=not goes_on,
-                continue_final_message=goes_on,
-                return_dict=False,
-            )
-        except Exception as error:  # templates raise what they like
-            raise InputError(
-                f"the chat template refuses it: {error}", where=f"prompt {prompt.id}"
-            ) from error
-        return ids
-
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -234,19 +223,32 @@ class PeftEngine:
         settings: GenerationSettings | None = None,
         *,
         application: Application = Application.LIVE,
+        begun: Sequence[Sequence[int]] | None = None,
         progress: Progress | None = None,
+        finished: Callable[[Completion], None] | None = None,
     ) -> tuple[Completion, ...]:
-        """Complete every prompt in *mode*; the results come in the order of the prompts."""
+        """Complete every prompt in *mode*; the results come in the order of the prompts.
+
+        Args:
+            begun: token ids that each completion already begins with; they count as produced.
+            finished: called with each completion when its batch is through, the shortest prompts
+                first: what an interrupt leaves.
+        """
         settings = settings or GenerationSettings()
         if settings.do_sample and settings.seed is None:
             raise InputError("do_sample needs a seed", where="generation", remedy="set seed = 0")
         chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
         requests = [
-            _Request(place=place, prompt=prompt, ids=self.token_ids(prompt))
+            _Request(
+                place=place,
+                prompt=prompt,
+                ids=self.token_ids(prompt),
+                begun=tuple(begun[place]) if begun is not None else (),
+            )
             for place, prompt in enumerate(prompts)
         ]
         done: dict[int, Completion] = {}
-        with self.mode(chosen, application), torch.inference_mode(), self._threads():
+        with self.mode(chosen, application), torch.inference_mode(), self.threads():
             for batch in self._batches(requests, settings):
                 start, share = len(done) / len(requests), len(batch) / len(requests)
 
@@ -256,9 +258,11 @@ class PeftEngine:
 
                 rows = self._generate_batch(batch, settings, report)
                 for request, row in zip(batch, rows, strict=True):
-                    done[request.place] = self._completion(
-                        request, row, chosen, application, settings
+                    done[request.place] = self.completion(
+                        request.prompt, request.ids, row, chosen, application, settings
                     )
+                    if finished is not None:
+                        finished(done[request.place])
                 report(1.0)
         return tuple(done[place] for place in range(len(requests)))
 
@@ -268,11 +272,12 @@ class PeftEngine:
         """Prompts of like length together; the cut depends on nothing but the prompts."""
         kind = torch.device(self.device).type
         size = settings.batch_size or _BATCH_SIZE.get(kind, _BATCH_SIZE_ELSEWHERE)
-        ordered = sorted(requests, key=lambda request: (len(request.ids), request.place))
+        ordered = sorted(requests, key=lambda request: (len(request.given), request.place))
         for start in range(0, len(ordered), size):
             yield ordered[start : start + size]
 
-    def _room(self, length: int, settings: GenerationSettings) -> int:
+    def room(self, length: int, settings: GenerationSettings) -> int:
+        """How many tokens a prompt of *length* tokens may produce."""
         return min(settings.max_new_tokens, self.context_length - length)
 
     def _generate_batch(
@@ -281,14 +286,16 @@ class PeftEngine:
         settings: GenerationSettings,
         report: Callable[[float], None],
     ) -> list[list[int]]:
-        width = max(len(request.ids) for request in batch)
-        pad = self._pad_token_id
+        width = max(len(request.given) for request in batch)
+        pad = self.pad_token_id
         ids = torch.full((len(batch), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
-            ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
-            mask[row, width - len(request.ids) :] = 1
-        new_tokens = max(self._room(len(request.ids), settings) for request in batch)
+            ids[row, width - len(request.given) :] = torch.tensor(request.given)
+            mask[row, width - len(request.given) :] = 1
+        new_tokens = max(
+            self.room(len(request.ids), settings) - len(request.begun) for request in batch
+        )
         config = GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=settings.do_sample,
@@ -317,33 +324,38 @@ class PeftEngine:
             **({"tokenizer": self.tokenizer} if settings.stop_strings else {}),
         )
         rows: list[list[int]] = output[:, width:].tolist()
-        return rows
+        return [[*request.begun, *row] for request, row in zip(batch, rows, strict=True)]
 
     @property
-    def _pad_token_id(self) -> int:
+    def pad_token_id(self) -> int:
         """A padding id that is no EOS: rows that a string stopped are padded, not ended."""
         pad = self.tokenizer.pad_token_id
         if pad is not None and pad not in self.eos_token_ids:
             return int(pad)
         return next(n for n in range(len(self.eos_token_ids) + 1) if n not in self.eos_token_ids)
 
-    def _completion(
+    def completion(
         self,
-        request: _Request,
-        row: list[int],
+        prompt: Prompt,
+        prompt_token_ids: tuple[int, ...],
+        row: Sequence[int],
         mode: Mode,
         application: Application,
         settings: GenerationSettings,
     ) -> Completion:
-        room = self._room(len(request.ids), settings)
-        tokens, reason = self._cut(row[:room], settings)
+        """The completion that a produced *row* of tokens is: cut where it ends, and why it ends.
+
+        The row may hold padding after its end, and must go on to its end.
+        """
+        room = self.room(len(prompt_token_ids), settings)
+        tokens, reason = self._cut(list(row[:room]), settings)
         if reason is StopReason.LENGTH and room < settings.max_new_tokens:
             reason = StopReason.CONTEXT
         return Completion(
-            prompt=request.prompt,
+            prompt=prompt,
             mode=mode.name,
             application=application,
-            prompt_token_ids=request.ids,
+            prompt_token_ids=prompt_token_ids,
             token_ids=tuple(tokens),
             text=self._text(tokens),
             stop_reason=reason,
@@ -380,13 +392,13 @@ class PeftEngine:
             One float32 CPU tensor a row, `(len(row), vocabulary)`.
         """
         width = max(len(row) for row in token_ids)
-        ids = torch.full((len(token_ids), width), self._pad_token_id, dtype=torch.long)
+        ids = torch.full((len(token_ids), width), self.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for place, row in enumerate(token_ids):
             # Padding on the right: causal attention never looks at it, positions start at 0.
             ids[place, : len(row)] = torch.tensor(row)
             mask[place, : len(row)] = 1
-        with self.mode(mode, application) as model, torch.inference_mode(), self._threads():
+        with self.mode(mode, application) as model, torch.inference_mode(), self.threads():
             output = model(
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
             )

@@ -106,7 +106,7 @@ def flatten_adapters(
     found = locate_adapters(named)
     target = Path(output)
     check_output(target, [adapter.path for adapter in found], force=force)
-    sources = open_sources(found, [factors[adapter.name] for adapter in found])
+    sources = open_sources(found, [factors[a.name] for a in found], what="flattened")
     order = {name: place for place, name in enumerate(named)}
     sources = tuple(sorted(sources, key=lambda source: order[source.name]))
     _check_alike(sources)

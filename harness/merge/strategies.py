@@ -139,9 +139,8 @@ def thin_svd(left: Array, right: Array) -> tuple[Array, Array, Array]:
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T)
-    inner = min(u.shape[0], vt.shape[0])
     tolerance = s[0] * max(left.shape[0], right.shape[1]) * np.finfo(s.dtype).eps
-    rank = max(1, int(np.count_nonzero(s[:inner] > tolerance)))
+    rank = max(1, int(np.count_nonzero(s > tolerance)))
     return q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T
 
 

@@ -1,0 +1,101 @@
+"""Digests are of the contents, whatever is remembered."""
+
+import hashlib
+import json
+import os
+
+import pytest
+
+from harness import digests
+from harness.digests import cache_folder, combined_digest, file_digests
+from harness.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lora-stack" / "digests"
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A file worth remembering, written long ago."""
+    file = tmp_path / "shard"
+    file.write_bytes(b"a" * (1 << 20))
+    return file
+
+
+def settle(monkeypatch):
+    monkeypatch.setattr(digests, "_SETTLED_NS", -(10**18))
+
+
+def sha(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_digests_are_of_the_contents_in_order(tmp_path, large):
+    small = tmp_path / "small"
+    small.write_bytes(b"x")
+    assert list(file_digests([small, large]).items()) == [(small, sha(small)), (large, sha(large))]
+
+
+def test_large_file_is_read_once(large, monkeypatch, memory):
+    settle(monkeypatch)
+    expected = file_digests([large])[large]
+    assert len(list(memory.iterdir())) == 1
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert file_digests([large])[large] == expected == sha(large)
+
+
+@pytest.mark.parametrize("change", ["contents", "contents with the old times", "replaced"])
+def test_changed_file_is_read_again(large, monkeypatch, change):
+    settle(monkeypatch)
+    file_digests([large])
+    times = large.stat()
+    if change == "replaced":
+        other = large.with_name("other")
+        other.write_bytes(b"b" * (1 << 20))
+        other.replace(large)
+    else:
+        large.write_bytes(b"b" * (1 << 20))
+    if change != "contents":
+        os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file_digests([large])[large] == sha(large)
+
+
+def test_file_written_just_now_is_not_remembered(large, memory):
+    file_digests([large])
+    assert not memory.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"sha256": 3}', "[" * 100_000])
+def test_damaged_memory_is_ignored(large, monkeypatch, memory, damage):
+    settle(monkeypatch)
+    file_digests([large])
+    (entry,) = memory.iterdir()
+    entry.write_text(damage)
+    assert file_digests([large])[large] == sha(large)
+    assert json.loads(entry.read_text())["sha256"] == sha(large)
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="gone: cannot be read"):
+        file_digests([tmp_path / "gone"])
+
+
+def test_without_a_place_for_the_memory_digests_still_come(large, monkeypatch, tmp_path):
+    settle(monkeypatch)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert file_digests([large])[large] == sha(large)
+
+
+def test_cache_folder_ignores_a_relative_setting(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("x") == tmp_path / ".cache" / "lora-stack" / "x"
+
+
+def test_combined_digest_does_not_depend_on_the_order():
+    assert combined_digest({"a": "1", "b": "2"}) == combined_digest({"b": "2", "a": "1"})
+    assert combined_digest({"a": "1", "b": "2"}) != combined_digest({"a": "2", "b": "1"})
