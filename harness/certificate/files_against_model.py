@@ -20,14 +20,9 @@ from harness.adapter_config import natural_order
 from harness.certificate.capture import Capture
 from harness.certificate.claim import Claim
 from harness.certificate.factors import aliases, check_factors
-from harness.certificate.layers import (
-    OFFLOADED,
-    LayerFinding,
-    WeightFinding,
-    compare_tensor,
-    examine_layer,
-)
+from harness.certificate.layers import LayerFinding, examine_layer
 from harness.certificate.values import failed, held, listed
+from harness.certificate.weights import OFFLOADED, WeightFinding, compare_tensor
 from harness.engines.inspection import LiveLayer, LiveModel
 from harness.lora import LoraPair
 from harness.verdict import Outcome, Verdict
