@@ -16,10 +16,24 @@ from harness.tests.test_snapshot import completion
 from harness.verdict import Outcome
 
 FLOAT32 = NoiseFloor(
-    dtype="float32", device="cpu", chosen=1e-6, gaps=1e-6, worst=3e-6, tokens=96, ways=("alone",)
+    dtype="float32",
+    device="cpu",
+    chosen=1e-6,
+    gaps=1e-6,
+    worst=3e-6,
+    close=2e-6,
+    tokens=96,
+    ways=("alone",),
 )
 BFLOAT16 = NoiseFloor(
-    dtype="bfloat16", device="cpu", chosen=0.015, gaps=0.02, worst=0.06, tokens=96, ways=("alone",)
+    dtype="bfloat16",
+    device="cpu",
+    chosen=0.015,
+    gaps=0.02,
+    worst=0.06,
+    close=0.04,
+    tokens=96,
+    ways=("alone",),
 )
 IDS = tuple(range(10, 42))
 
@@ -27,7 +41,7 @@ IDS = tuple(range(10, 42))
 def evidence(ids=IDS, *, margin=2.0, seed=0, moved=0.0):
     """Evidence of greedy tokens, each before a token 1000 higher; logits moved at random."""
     rng = np.random.default_rng(seed)
-    gaps = rng.exponential(0.3, (len(ids), 5)) + [0, margin, 0.5, 0.5, 0.5]
+    gaps = rng.exponential(0.3, (len(ids), 5)) + np.array([0, margin, 0.5, 0.5, 0.5])
     logits = -np.cumsum(gaps, axis=1)
     logits += moved * np.random.default_rng(99).standard_normal(logits.shape)
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True) + 0.001)
