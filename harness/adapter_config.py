@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from harness.errors import InputError
+from harness.config_fields import FieldReader, field_name
+from harness.errors import InputError, combined, gathering, quoted
+from harness.file_kinds import is_folder, is_there
+from harness.patterns import pattern_fault
 from harness.strict_json import read_json_object
 
 __all__ = [
@@ -26,7 +29,11 @@ __all__ = [
 ]
 
 CONFIG_NAME = "adapter_config.json"
-_MAX_RANK = 1 << 16
+#: The most that one module's scale may be: beyond it every logit is noise, and no trainer goes.
+_MAX_SCALE = 1e4
+_MEGATRON = "megatron.core"  # what PEFT writes by default, and never imports without its config
+
+_N = TypeVar("_N", int, float)
 
 # What makes an adapter more than `W + s·B·A`, by key of adapter_config.json. Each entry says why.
 _NOT_ADDITIVE: Mapping[str, str] = {
@@ -60,6 +67,30 @@ _KNOWN_KEYS = frozenset(_NOT_ADDITIVE) | frozenset(
 )  # fmt: skip
 
 
+#: The fields that are lists of names, or one name or pattern.
+_NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+_FLAGS = (
+    "use_dora", "lora_bias", "use_qalora", "use_rslora", "fan_in_fan_out", "inference_mode",
+    "ensure_weight_tying",
+)  # fmt: skip
+_TABLES = (
+    "auto_mapping", "runtime_config", "megatron_config", "eva_config", "loftq_config",
+    "corda_config", "lora_ga_config",
+)  # fmt: skip
+#: Fields that make a loader import or run code; no LoRA needs them.
+_CODE = ("auto_map", "custom_modules", "_custom_modules", "custom_generate", "trust_remote_code")
+_OTHER_TUNERS = frozenset(
+    {
+        "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE",
+        "CPT", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
+        "LILY", "LN_TUNING", "LOHA", "LOKR", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF",
+        "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "P_TUNING",
+        "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
+        "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA",
+    }
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
     """What `adapter_config.json` says, types checked.
@@ -84,14 +115,43 @@ class AdapterConfig:
     raw: Mapping[str, Any]
 
     def rank_of(self, module: str) -> int:
-        """The rank that the config claims for *module* (`rank_pattern`, else `r`)."""
-        key = _pattern_key(self.rank_pattern, module)
-        return self.rank if key is None else self.rank_pattern[key]
+        """The rank that the config claims for *module* (`rank_pattern`, else `r`).
+
+        Raises:
+            InputError: *module* holds several `target_parameters` whose patterns differ: which
+                of them a factor belongs to is not in the files.
+        """
+        return self._setting("rank_pattern", self.rank_pattern, self.rank, module)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha of *module* (`alpha_pattern`, else `lora_alpha`)."""
-        key = _pattern_key(self.alpha_pattern, module)
-        return self.alpha if key is None else self.alpha_pattern[key]
+        """The alpha of *module* (`alpha_pattern`, else `lora_alpha`); raises as `rank_of`."""
+        return self._setting("alpha_pattern", self.alpha_pattern, self.alpha, module)
+
+    def _setting(self, key: str, patterns: Mapping[str, _N], default: _N, module: str) -> _N:
+        found = set()
+        for name in self._adapted_names(module):
+            pattern = _pattern_key(patterns, name)
+            found.add(default if pattern is None else patterns[pattern])
+        if len(found) > 1:
+            raise InputError(
+                f"{key} differs between the parameters of {module!r}, and the file does not say "
+                "which factor is whose",
+                where=self.path,
+                remedy=f"give the parameters of one module the same {key}",
+            )
+        return found.pop()
+
+    def _adapted_names(self, module: str) -> list[str]:
+        """What PEFT matches patterns with: *module*, or its parameters if those are adapted."""
+        given = self.raw.get("target_parameters")
+        targets = [t for t in given if isinstance(t, str)] if isinstance(given, list) else []
+        bare = module.replace(".base_layer", "")
+        names = [f"{bare}.{target.rpartition('.')[2]}" for target in targets]
+        known = [
+            name for name, target in zip(names, targets, strict=True)
+            if name == target or name.endswith(f".{target}")
+        ]  # fmt: skip
+        return known or [module]
 
     def scale_of(self, module: str) -> float:
         """`s` of *module*: `alpha/r`, or `alpha/√r` for rsLoRA."""
@@ -100,6 +160,75 @@ class AdapterConfig:
         return lora_scale(
             alpha=self.alpha_of(module), rank=self.rank_of(module), rslora=self.rslora
         )
+
+    def targets(self, module: str) -> bool | None:
+        """Whether PEFT would adapt *module*, by `check_target_module_exists` of its tuners.
+
+        None where the config's words do not decide (`all-linear`, fused parameters). Call
+        `refuse_slow_patterns` with the names first.
+        """
+        excluded = self.raw.get("exclude_modules")
+        if excluded and _names_module(excluded, module):
+            return False
+        if self.target_modules is None or self.raw.get("target_parameters"):
+            return None
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == "all-linear":
+                return None
+            return re.fullmatch(self.target_modules, module) is not None
+        if module in self.target_modules:
+            return True
+        return _names_module(self.target_modules, module) and self._layer_is_meant(module)
+
+    def _layer_is_meant(self, module: str) -> bool:
+        layers = self.raw.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        patterns = self.raw.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            dot = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+            match = re.match(rf"{dot}{pattern}\.(?P<layer>\d+)\.", module)
+            if match is not None:
+                return int(match["layer"]) in (layers if isinstance(layers, list) else [layers])
+        return False
+
+    def refuse_slow_patterns(self, modules: Sequence[str]) -> None:
+        """Try every pattern of the config on the names it will meet, within a bound.
+
+        Raises:
+            InputError: a pattern does not compile, or takes for ever on one of *modules*.
+        """
+        for key, patterns in self._patterns().items():
+            found = pattern_fault([wrapped for wrapped, _ in patterns], modules)
+            if found is not None:
+                written = next(plain for wrapped, plain in patterns if wrapped == found[0])
+                raise InputError(
+                    f"{key}: {quoted(written)}: {found[1]}",
+                    where=self.path,
+                    remedy="name the modules in a list, or write a pattern without nested repeats",
+                )
+
+    def _patterns(self) -> dict[str, list[tuple[str, str]]]:
+        """By key: each pattern as PEFT builds it, and as it is written."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for key in ("target_modules", "exclude_modules"):
+            value = self.raw.get(key)
+            if isinstance(value, str):
+                found[key] = [(value, value)]
+        for key in ("rank_pattern", "alpha_pattern"):
+            found[key] = [(rf"(.*\.)?({name})$", name) for name in self.raw.get(key) or {}]
+        layers = self.raw.get("layers_pattern") or []
+        found["layers_pattern"] = [
+            (rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\..*", name)
+            for name in ([layers] if isinstance(layers, str) else layers)
+        ]
+        return found
+
+
+def _names_module(names: Sequence[str] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return module in names or any(module.endswith(f".{name}") for name in names)
 
 
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
@@ -112,9 +241,10 @@ def _pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
 
 def checkpoints_inside(folder: Path) -> list[str]:
     """Names of `checkpoint-N` folders and others one level down that hold an adapter."""
-    if not folder.is_dir():
+    try:
+        found = [child.name for child in folder.iterdir() if (child / CONFIG_NAME).is_file()]
+    except OSError:
         return []
-    found = [child.name for child in folder.iterdir() if (child / CONFIG_NAME).is_file()]
     return sorted(found, key=natural_order)
 
 
@@ -136,110 +266,161 @@ def nested_adapter_hint(folder: Path) -> str | None:
     return choice if len(inside) == 1 else f"{choice} (or another of: {', '.join(inside)})"
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read `adapter_config.json` strictly; needs no torch.
+def read_adapter_config(folder: Path, *, trust_remote_code: bool = False) -> AdapterConfig:
+    """Read `adapter_config.json` strictly; needs no torch. All its faults at once.
+
+    Args:
+        trust_remote_code: let through the fields by which a file makes loaders run code.
 
     Raises:
-        InputError: no folder, no config (a checkpoint inside is named), or a value of a wrong
-            type or range.
+        InputError: no folder, no config (a checkpoint inside is named), another kind of adapter,
+            a value of a wrong type or range, a field that runs code, a field that is not known.
     """
-    if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "no such folder"
+    if not is_folder(folder):
+        fault = "is not a folder" if is_there(folder) else "no such folder"
         raise InputError(fault, where=folder, remedy=f"give the folder that holds {CONFIG_NAME}")
     path = folder / CONFIG_NAME
-    if not path.exists() and (hint := nested_adapter_hint(folder)):
+    if not is_there(path) and (hint := nested_adapter_hint(folder)):
         raise InputError(f"holds no {CONFIG_NAME} itself", where=folder, remedy=hint)
     raw = read_json_object(
         path, what=CONFIG_NAME, remedy="give a folder written by PEFT's save_pretrained"
     )
-    read = _ConfigReader(raw, path)
-    peft_type = raw.get("peft_type")
-    if peft_type != "LORA":
-        raise read.refuse(
-            "peft_type", f"{peft_type!r} is not LORA", "only LoRA adapters can be stacked"
-        )
-    if "lora_alpha" not in raw:
-        raise read.refuse(
-            "lora_alpha",
-            "is missing (PEFT would silently assume 8)",
-            "write the trained value",
-        )
-    unknown = [key for key in raw if key not in _KNOWN_KEYS and raw[key]]
-    if unknown:
-        raise read.refuse(
-            unknown[0],
-            f"is not known to this version and is set to {raw[unknown[0]]!r}",
-            "remove it if it changes nothing, or update the harness",
-        )
+    read = FieldReader(raw, path)
+    _check_kind(raw, read)
+    found: list[InputError] = read.faults
+    with gathering(found):
+        _check_code(raw, read, trust_remote_code)
+    rank_pattern = read.pattern_table("rank_pattern", read.rank)
+    alpha_pattern = read.pattern_table("alpha_pattern", read.alpha)
+    for key in _NAMES:
+        read.names(key)
+    for key in _FLAGS:
+        read.flag(key)
+    for key in _TABLES:
+        read.table(key)
+    read.layers("layers_to_transform")
+    read.share("lora_dropout")
+    if raw.get("bias", "none") not in ("none", "all", "lora_only"):
+        read.fault("bias", f"{quoted(raw['bias'])} is unknown", "write none")
+    if not isinstance(raw.get("init_lora_weights", True), bool | str | None):
+        read.fault("init_lora_weights", "is neither true, false nor a name", "write true")
+    for key in ("peft_version", "task_type", "megatron_core"):
+        read.text(key)
+    for key in raw:
+        if key not in _KNOWN_KEYS and key not in _CODE and raw[key]:
+            read.fault(
+                field_name(key),
+                f"is not known to this version and is set to {quoted(raw[key])}",
+                "remove it if it changes nothing, or update the harness",
+            )
     targets = raw.get("target_modules")
-    return AdapterConfig(
+    if not targets and not raw.get("target_parameters"):
+        read.fault(
+            "target_modules",
+            "names nothing (PEFT would guess by the model's type)",
+            "list the modules that were trained",
+        )
+    config = AdapterConfig(
         path=path,
         rank=read.rank("r", raw.get("r", 8)),
-        alpha=read.alpha("lora_alpha", raw["lora_alpha"]),
+        alpha=read.alpha("lora_alpha", raw["lora_alpha"]) if "lora_alpha" in raw else 1.0,
         rslora=read.flag("use_rslora"),
-        rank_pattern={k: read.rank("rank_pattern", v) for k, v in read.table("rank_pattern")},
-        alpha_pattern={k: read.alpha("alpha_pattern", v) for k, v in read.table("alpha_pattern")},
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         fan_in_fan_out=read.flag("fan_in_fan_out"),
         target_modules=tuple(targets) if isinstance(targets, list) else targets,
-        base=read.text("base_model_name_or_path") or None,
+        base=_base_claim(raw, read),
         base_revision=read.text("revision"),
-        not_additive=tuple(_reasons(raw, read)),
+        not_additive=tuple(_reasons(raw)),
         raw=raw,
+    )
+    if "lora_alpha" not in raw:
+        read.fault(
+            "lora_alpha", "is missing (PEFT would silently assume 8)", "write the trained value"
+        )
+    if not found:
+        with gathering(found):
+            config.refuse_slow_patterns(())
+        scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+        if scale > _MAX_SCALE:
+            read.fault(
+                "lora_alpha",
+                f"{config.alpha:g} with r = {config.rank} scales by {scale:g}, "
+                f"beyond {_MAX_SCALE:g}",
+                "write the alpha trained",
+            )
+    if found:
+        raise combined(found)
+    return config
+
+
+def _check_kind(raw: Mapping[str, Any], read: FieldReader) -> None:
+    """Raises unless the config is a LoRA's: the other fields mean something else elsewhere."""
+    kind = raw.get("peft_type")
+    if kind == "LORA":
+        return
+    if isinstance(kind, str) and kind.upper() in _OTHER_TUNERS:
+        fault = f"{kind!r} is not LORA: it does not add s·B·A to the weights"
+    elif kind is None and "architectures" in raw:
+        fault = "is missing, and architectures is there: this is a model's config"
+    elif kind is None:
+        fault = "is missing"
+    else:
+        fault = f"{quoted(kind)} is not LORA, and no type that PEFT knows"
+    raise InputError(
+        f"peft_type: {fault}", where=read.path, remedy="only LoRA adapters can be stacked"
     )
 
 
-class _ConfigReader:
-    """Typed access to a raw config, with errors that name the file and the key."""
-
-    def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
-        self.raw = raw
-        self.path = path
-
-    def refuse(self, key: str, fault: str, remedy: str) -> InputError:
-        return InputError(f"{key}: {fault}", where=self.path, remedy=remedy)
-
-    def flag(self, key: str) -> bool:
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.refuse(key, f"{value!r} is not true or false", "write true or false")
-        return bool(value)
-
-    def text(self, key: str) -> str | None:
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self.refuse(key, f"{value!r} is not a string", "write a string or null")
-        return value
-
-    def rank(self, key: str, value: object) -> int:
-        if type(value) is not int or not 0 < value <= _MAX_RANK:
-            raise self.refuse(key, f"{value!r} is not a rank", f"write 1 to {_MAX_RANK}")
-        return value
-
-    def alpha(self, key: str, value: object) -> float:
-        if type(value) not in (int, float) or not math.isfinite(float(value)):  # type: ignore[arg-type]
-            raise self.refuse(key, f"{value!r} is not a finite number", "write the alpha trained")
-        return float(value)  # type: ignore[arg-type]
-
-    def table(self, key: str) -> list[tuple[str, object]]:
-        value = self.raw.get(key) or {}
-        if not isinstance(value, dict):
-            raise self.refuse(key, f"{value!r} is not a table", "write {} or {pattern: number}")
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise self.refuse(key, f"{pattern!r}: {error}", "mend the pattern") from error
-        return list(value.items())
+def _check_code(raw: Mapping[str, Any], read: FieldReader, trusted: bool) -> None:
+    if trusted:
+        return
+    advice = "remove it; or pass --trust-remote-code if you trust this folder"
+    for key in _CODE:
+        if raw.get(key):
+            read.fault(key, f"{quoted(raw[key])} makes loaders run code of the folder's", advice)
+    core = raw.get("megatron_core")
+    if core is not None and core != _MEGATRON:
+        read.fault("megatron_core", f"{quoted(core)} would be imported and run", advice)
+    mapping = raw.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if library is not None and not str(library).startswith("transformers."):
+        read.fault("auto_mapping", f"parent_library {quoted(library)} would be imported", advice)
 
 
-def _reasons(raw: Mapping[str, Any], read: _ConfigReader) -> list[str]:
+def _base_claim(raw: Mapping[str, Any], read: FieldReader) -> str | None:
+    """`base_model_name_or_path`: a hub id or a folder, and nothing that reaches elsewhere."""
+    key = "base_model_name_or_path"
+    claim = read.text(key)
+    if not claim:
+        return None
+    parts = claim.replace("\\", "/").split("/")
+    steps = next((n for n, part in enumerate(parts) if part != ".."), len(parts))
+    fault = None
+    if "://" in claim:
+        fault = "is a URL; nothing is fetched from it"
+    elif "\0" in claim or len(claim) > 4096:
+        fault = "can be no path"
+    elif parts[:2] in (["", "dev"], ["", "proc"], ["", "sys"]):
+        fault = "lies in the system's own folders"
+    elif ".." in parts[steps:]:
+        fault = "climbs out of a folder that it goes into"
+    elif steps >= len(read.path.parent.absolute().parts) - 1 > 0:
+        fault = "climbs to the root of the file system"
+    if fault is not None:
+        read.fault(key, f"{quoted(claim)} {fault}", "write the base's folder or hub id")
+        return None
+    return claim
+
+
+def _reasons(raw: Mapping[str, Any]) -> list[str]:
     """Why the adapter is not additive, a line a reason."""
-    for key in ("use_dora", "lora_bias", "use_qalora"):
-        read.flag(key)
     reasons = [f"{key}: {why}" for key, why in _NOT_ADDITIVE.items() if raw.get(key)]
     bias = raw.get("bias", "none")
     if bias != "none":
-        reasons.append(f"bias={bias}: the adapter's biases leak into other modes")
+        reasons.append(
+            f"bias={quoted(bias).strip(chr(39))}: the adapter's biases leak into other modes"
+        )
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_MOVING_INITS):
         reasons.append(

@@ -16,17 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.adapter_config import CONFIG_NAME, AdapterConfig, natural_order, read_adapter_config
-from harness.errors import InputError
+from harness.errors import InputError, combined, gathering, quoted
+from harness.file_kinds import is_folder, is_there
 from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
 
 if TYPE_CHECKING:
     from harness.lora import LoraPair
 
-__all__ = ["WEIGHTS_NAME", "AdapterFiles", "PairEntry", "adapter_digest", "read_adapter"]
+__all__ = [
+    "KEY_PREFIX",
+    "WEIGHTS_NAME",
+    "AdapterFiles",
+    "PairEntry",
+    "adapter_digest",
+    "read_adapter",
+]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_KEY_PREFIX = "base_model.model."
+#: What PEFT puts before a base model's names.
+KEY_PREFIX = "base_model.model."
 _ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 _KEY = re.compile(
@@ -107,120 +116,168 @@ class AdapterFiles:
         return sum(entry.a.count + entry.b.count for entry in self.pairs.values())
 
 
-def read_adapter(folder: Path, *, faults: list[InputError] | None = None) -> AdapterFiles:
+def read_adapter(
+    folder: Path,
+    *,
+    faults: list[InputError] | None = None,
+    trust_remote_code: bool = False,
+) -> AdapterFiles:
     """Read and check an adapter folder; headers only, the tensors stay on disk.
 
     Args:
         faults: broken pairs are left out and their faults added here, instead of raised.
+        trust_remote_code: let through config fields by which loaders run code.
 
     Raises:
         InputError: whatever `read_adapter_config` raises; a pickle instead of safetensors; a
             broken file; a key that is no LoRA factor or names a base weight; half a pair; a rank
-            other than the config's; a dtype that no adapter has.
+            other than the config's; a module that the config does not target; a dtype that no
+            adapter has. All faults of the folder at once.
     """
-    config = read_adapter_config(folder)
+    found: list[InputError] = []
+    config = tensors = None
+    beyond: list[InputError] = []
+    with gathering(found):
+        config = read_adapter_config(folder, trust_remote_code=trust_remote_code)
+    if is_folder(folder):
+        with gathering(found):
+            tensors = _weights(folder, None if faults is None else beyond)
+    if config is None or tensors is None:
+        raise combined(found)
+    found += beyond
+    factors, strangers, base_copies = _sorted_keys(tensors)
+    if not config.not_additive:
+        found += [_stranger(key, tensors.path) for key in strangers]
+    if not factors:
+        found.append(
+            InputError(
+                "holds no LoRA factors", where=tensors.path, remedy="save the trained adapter again"
+            )
+        )
+        raise combined(found)
+    config.refuse_slow_patterns(list(factors))
+    pairs: dict[str, PairEntry] = {}
+    for module in sorted(factors, key=natural_order):
+        with gathering(found):
+            pairs[module] = _pair(module, factors[module], tensors.path, config)
+    if found and faults is None:
+        raise combined(found)
+    if faults is not None:
+        faults += found
+    return AdapterFiles(
+        folder=folder, config=config, tensors=tensors, pairs=pairs, base_copies=base_copies
+    )
+
+
+def _weights(folder: Path, beyond: list[InputError] | None) -> TensorFile:
     path = folder / WEIGHTS_NAME
-    if not path.exists():
+    if not is_there(path):
         for name in _PICKLE_NAMES:
-            if (folder / name).exists():
+            if is_there(folder / name):
                 raise InputError(
                     "is a pickle, which can run code when loaded, and is not read",
                     where=folder / name,
                     remedy="load it once where you trust it and save it with "
                     "save_pretrained(…, safe_serialization=True)",
                 )
-    tensors = read_tensor_file(
+    return read_tensor_file(
         path,
         what=WEIGHTS_NAME,
         remedy="copy or save the adapter's weights again",
-        faults=faults,
-    )
-    return AdapterFiles(
-        folder=folder,
-        config=config,
-        tensors=tensors,
-        pairs=_pairs(tensors, config, faults),
-        base_copies={
-            f"{match['module']}.weight".removeprefix(_KEY_PREFIX): entry
-            for name, entry in tensors.entries.items()
-            if (match := _BASE_COPY.fullmatch(name))
-        },
+        faults=beyond,
     )
 
 
-def _pairs(
-    tensors: TensorFile, config: AdapterConfig, faults: list[InputError] | None
-) -> dict[str, PairEntry]:
+def _sorted_keys(
+    tensors: TensorFile,
+) -> tuple[dict[str, dict[str, TensorEntry]], list[str], dict[str, TensorEntry]]:
+    """Factors by module, keys that are no factors, and copies of base weights."""
     factors: dict[str, dict[str, TensorEntry]] = {}
     strangers: list[str] = []
+    copies: dict[str, TensorEntry] = {}
     for key, entry in tensors.entries.items():
-        match = _KEY.fullmatch(key)
-        if match is None or not key.startswith(_KEY_PREFIX):
-            if _BASE_COPY.fullmatch(key) is None:
+        match = _KEY.fullmatch(key) if key.startswith(KEY_PREFIX) else None
+        copy = _BASE_COPY.fullmatch(key)
+        if match is not None:
+            module = (match["module"] or match["embedding"]).removeprefix(KEY_PREFIX)
+            if module.startswith(KEY_PREFIX):
                 strangers.append(key)
-            continue
-        module = (match["module"] or match["embedding"]).removeprefix(_KEY_PREFIX)
-        factors.setdefault(module, {})[match["factor"] or match["embedding_factor"]] = entry
-    if strangers and not config.not_additive:
-        fault = InputError(
-            f"tensor {strangers[0]!r} is no LoRA factor of a plain adapter"
-            + (f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else "")
-            + "; PEFT would ignore it or write it over the base",
-            where=tensors.path,
-            remedy=f"keys read {_KEY_PREFIX}<module>.lora_A.weight and …lora_B.weight",
-        )
-        if faults is None:
-            raise fault
-        faults.append(fault)
-    if not factors:
-        raise InputError(
-            "holds no LoRA factors", where=tensors.path, remedy="save the trained adapter again"
-        )
-    pairs: dict[str, PairEntry] = {}
-    for module in sorted(factors, key=natural_order):
-        try:
-            pairs[module] = _pair(module, factors[module], tensors.path, config)
-        except InputError as error:
-            if faults is None:
-                raise
-            faults.append(error)
-    return pairs
+            else:
+                factor = match["factor"] or match["embedding_factor"]
+                factors.setdefault(module, {})[factor] = entry
+        elif copy is not None:
+            copies[f"{copy['module']}.weight".removeprefix(KEY_PREFIX)] = entry
+        else:
+            strangers.append(key)
+    return factors, strangers, copies
+
+
+def _stranger(key: str, path: Path) -> InputError:
+    """Why *key* is no factor of a plain adapter."""
+    plain = f"keys read {KEY_PREFIX}<module>.lora_A.weight and …lora_B.weight"
+    if key.startswith(KEY_PREFIX * 2):
+        fault, remedy = "has the prefix twice; PEFT would ignore it", plain
+    elif re.search(r"\.lora_[AB]\.[^.]+\.weight$", key):
+        fault = "has an adapter's name in it, as in a model's own state; PEFT would ignore it"
+        remedy = f"save it with save_pretrained; {plain}"
+    elif re.search(r"lora_(A|B|embedding_A|embedding_B)", key):
+        fault, remedy = f"lacks the prefix {KEY_PREFIX}; PEFT would ignore it", plain
+    elif re.search(r"lora_(down|up)|\.lora\.|^lora_(unet|te)", key):
+        fault, remedy = "is another library's LoRA; PEFT would ignore it", f"convert it; {plain}"
+    elif "lora_magnitude_vector" in key:
+        fault = "belongs to DoRA, and use_dora is not set"
+        remedy = "a DoRA adapter cannot be stacked; otherwise save the adapter again"
+    elif key.endswith((".weight", ".bias")) and "lora" not in key:
+        fault = "names a base weight; PEFT would write it over the base, for every mode"
+        remedy = "remove it, or save the adapter again with save_pretrained"
+    else:
+        fault = "is no LoRA factor of a plain adapter; PEFT would ignore it"
+        remedy = plain
+    return InputError(f"tensor {quoted(key)}: {fault}", where=path, remedy=remedy)
 
 
 def _pair(
     module: str, found: Mapping[str, TensorEntry], path: Path, config: AdapterConfig
 ) -> PairEntry:
+    def refuse(fault: str, remedy: str = "save the adapter again") -> InputError:
+        return InputError(f"module {quoted(module)}: {fault}", where=path, remedy=remedy)
+
     embedding = any(name.startswith("lora_embedding") for name in found)
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    if set(found) != set(names):
-        (missing,) = set(names) - set(found) or {"the other half"}
-        raise InputError(
-            f"module {module!r}: {missing} is missing", where=path, remedy="save the adapter again"
-        )
+    for name in names:
+        if name not in found:
+            raise refuse(f"{name} is missing")
+    if len(found) > len(names):
+        raise refuse("has factors of a linear layer and of an embedding")
     a, b = found[names[0]], found[names[1]]
     for entry in (a, b):
+        where = f"tensor {quoted(entry.name)}"
         if entry.dtype not in _ADAPTER_DTYPES:
             raise InputError(
-                f"tensor {entry.name!r} is {entry.dtype}, which no LoRA factor is",
+                f"{where} is {entry.dtype}, which no LoRA factor is",
                 where=path,
                 remedy="save it as F32, BF16 or F16",
             )
-        if len(entry.shape) != 2:
+        if len(entry.shape) != 2 or not entry.count:
+            fault = "not two dimensions" if len(entry.shape) != 2 else "no elements"
             raise InputError(
-                f"tensor {entry.name!r} has shape {list(entry.shape)}, not two dimensions",
+                f"{where} has shape {list(entry.shape)}, {fault}",
                 where=path,
                 remedy="save the adapter again",
             )
+    if config.targets(module) is False:
+        raise refuse(
+            "has weights, which target_modules does not name: PEFT drops them",
+            f"mend target_modules in {CONFIG_NAME}, or save the adapter again",
+        )
     claimed = config.rank_of(module)
     experts = 1
     if config.raw.get("target_parameters") and a.shape[0] == b.shape[1]:
         experts = max(1, a.shape[0] // claimed)
     if a.shape[0] != b.shape[1] or a.shape[0] != claimed * experts:
-        raise InputError(
-            f"module {module!r}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, "
-            f"the config says {claimed}",
-            where=path,
-            remedy=f"mend r or rank_pattern in {CONFIG_NAME}, or save the adapter again",
+        raise refuse(
+            f"A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {claimed}",
+            f"mend r or rank_pattern in {CONFIG_NAME}, or save the adapter again",
         )
     return PairEntry(module=module, a=a, b=b, embedding=embedding, experts=experts)
 

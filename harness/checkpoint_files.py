@@ -8,13 +8,15 @@ only, without torch; knows nothing of adapters, stacks or live models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputError
-from harness.strict_json import read_json_object
+from harness.errors import InputError, combined, gathering, quoted
+from harness.file_kinds import is_folder, is_there
+from harness.strict_json import MAX_JSON_BYTES, read_json_object
 from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
 
 if TYPE_CHECKING:
@@ -24,6 +26,11 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "CheckpointFiles", "checkpoint_digest", 
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_PREFIXES = ("model.", "transformer.")
+_HEADS = frozenset({"lm_head", "embed_out", "output"})
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_AGAIN = "copy the base model again"
 _GENERATION_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -62,12 +69,24 @@ class CheckpointFiles:
 
     def weight_name(self, module: str) -> str | None:
         """The tensor that holds *module*'s weight; a tied head's is the embedding's."""
-        if f"{module}.weight" in self.places:
-            return f"{module}.weight"
-        if self.tied and module == "lm_head":
-            ends = [name for name in self.places if name.endswith("embed_tokens.weight")]
-            return ends[0] if len(ends) == 1 else None
-        return None
+        found = self.stored_name(f"{module}.weight")
+        if found is None and self.tied and module in _HEADS:
+            return self.embedding_name
+        return found
+
+    @property
+    def embedding_name(self) -> str | None:
+        """The token embedding's tensor, where its name is one that transformers uses."""
+        ends = [name for name in self.places if name.endswith(_EMBEDDINGS)]
+        return ends[0] if len(ends) == 1 else None
+
+    def stored_name(self, name: str) -> str | None:
+        """The stored tensor that transformers loads as *name*: it adds or drops the prefix of the
+        bare model while loading (the hub's GPT-2 stores `h.0…` for `transformer.h.0…`)."""
+        dropped = [name.removeprefix(prefix) for prefix in _PREFIXES]
+        added = [prefix + name for prefix in _PREFIXES]
+        candidates = [name, *dropped, *added]
+        return next((candidate for candidate in candidates if candidate in self.places), None)
 
     def _shard(self, name: str) -> TensorFile:
         shard = self.places.get(name)
@@ -77,83 +96,167 @@ class CheckpointFiles:
 
 
 def read_checkpoint(folder: Path) -> CheckpointFiles:
-    """Read and check a base checkpoint's headers.
+    """Read and check a base checkpoint's headers; all its faults at once.
 
     Raises:
-        InputError: no folder or config; only pickles; a missing, broken or doubled shard; an
-            index that names a tensor its shard does not hold, or points outside the folder.
+        InputError: no folder or config; an adapter among the base's files; only pickles; a
+            missing, broken, doubled or stray shard; two checkpoints in one folder; an index that
+            names a tensor its shard does not hold, or points outside the folder.
     """
-    if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "no such folder"
+    if not is_folder(folder):
+        fault = "is not a folder" if is_there(folder) else "no such folder"
         raise InputError(fault, where=folder, remedy="give the base model's folder")
-    config = read_json_object(
-        folder / "config.json",
-        what="config.json",
-        remedy="give the folder of a model saved by transformers' save_pretrained",
-    )
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            "an adapter lies in the base's folder; transformers would apply it unasked",
-            where=folder / "adapter_config.json",
-            remedy="move the adapter into a folder of its own",
+    found: list[InputError] = []
+    config: dict[str, Any] = {}
+    index = None
+    shards: dict[str, TensorFile] = {}
+    places: dict[str, TensorFile] = {}
+    alone = not is_there(folder / "config.json")
+    if is_there(folder / "adapter_config.json"):
+        found.append(
+            InputError(
+                "this is an adapter's folder, not a base's"
+                if alone
+                else "an adapter lies in the base's folder; transformers would apply it unasked",
+                where=folder / "adapter_config.json",
+                remedy="give the base model's folder"
+                if alone
+                else "move the adapter into a folder of its own",
+            )
         )
-    if (folder / INDEX_NAME).exists():
-        index = read_json_object(folder / INDEX_NAME, what=INDEX_NAME)
-        shards, places = _indexed(folder, index)
+        if alone:
+            raise combined(found)
+    with gathering(found):
+        config = read_json_object(
+            folder / "config.json",
+            what="config.json",
+            remedy="give the folder of a model saved by transformers' save_pretrained",
+        )
+    if is_there(folder / INDEX_NAME):
+        with gathering(found):
+            index = read_json_object(folder / INDEX_NAME, what=INDEX_NAME, limit=MAX_JSON_BYTES)
+            shards, places = _indexed(folder, index, found)
     else:
-        index = None
-        if not (folder / SINGLE_NAME).exists() and (folder / "pytorch_model.bin").exists():
+        with gathering(found):
+            single = _single(folder)
+            shards, places = {SINGLE_NAME: single}, dict.fromkeys(single.entries, single)
+    if shards:
+        named = set(shards) | set(map(str, (index or {}).get("weight_map", {}).values()))
+        _check_strays(folder, named, index is not None, found)
+    if found:
+        raise combined(found)
+    return CheckpointFiles(
+        folder=folder, config=config, shards=tuple(shards.values()), index=index, places=places
+    )
+
+
+def _single(folder: Path) -> TensorFile:
+    path = folder / SINGLE_NAME
+    if not is_there(path):
+        if is_there(folder / "pytorch_model.bin"):
             raise InputError(
                 "is a pickle, which can run code when loaded, and is not read",
                 where=folder / "pytorch_model.bin",
                 remedy="save the model once with save_pretrained(safe_serialization=True)",
             )
-        single = read_tensor_file(
-            folder / SINGLE_NAME, what=SINGLE_NAME, remedy="copy the base model again"
+        if any(_SHARD.fullmatch(name) for name in _names(folder)):
+            raise InputError(
+                "is missing, and shards are there",
+                where=folder / INDEX_NAME,
+                remedy="copy the index beside its shards",
+            )
+        inside = [name for name in _names(folder) if is_there(folder / name / "config.json")]
+        if inside:
+            raise InputError(
+                f"holds no {SINGLE_NAME}",
+                where=folder,
+                remedy=f"give {folder / sorted(inside)[-1]}",
+            )
+    return read_tensor_file(path, what=SINGLE_NAME, remedy=_AGAIN)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _check_strays(
+    folder: Path, named: Collection[str], indexed: bool, found: list[InputError]
+) -> None:
+    """Weights that transformers would, or would not, read instead of those that were read."""
+    for name in _names(folder):
+        if name in named:
+            continue
+        if name == SINGLE_NAME and indexed:
+            fault = f"lies beside {INDEX_NAME}, which does not name it: two checkpoints in a folder"
+        elif _SHARD.fullmatch(name):
+            fault = (
+                f"is a shard that {INDEX_NAME} does not name"
+                if indexed
+                else f"is a shard beside {SINGLE_NAME}: two checkpoints in a folder"
+            )
+        else:
+            continue
+        found.append(
+            InputError(fault, where=folder / name, remedy="keep one checkpoint in the folder")
         )
-        shards, places = (single,), dict.fromkeys(single.entries, single)
-    return CheckpointFiles(folder=folder, config=config, shards=shards, index=index, places=places)
 
 
 def _indexed(
-    folder: Path, index: Mapping[str, Any]
-) -> tuple[tuple[TensorFile, ...], dict[str, TensorFile]]:
+    folder: Path, index: Mapping[str, Any], found: list[InputError]
+) -> tuple[dict[str, TensorFile], dict[str, TensorFile]]:
     path = folder / INDEX_NAME
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError("has no weight_map", where=path, remedy="copy the base model again")
+        raise InputError("weight_map: is missing or empty", where=path, remedy=_AGAIN)
     shards: dict[str, TensorFile] = {}
-    for name in dict.fromkeys(weight_map.values()):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"names {name!r}, which is not a file beside it", where=path)
-        shards[name] = read_tensor_file(
-            folder / name, what="a shard that the index names", remedy="copy the base model again"
-        )
+    broken: set[object] = set()
+    for name in dict.fromkeys(value for value in weight_map.values() if isinstance(value, str)):
+        with gathering(found):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(
+                    f"weight_map: names {quoted(name)}, which is no safetensors file beside it",
+                    where=path,
+                    remedy=_AGAIN,
+                )
+            shards[name] = read_tensor_file(
+                folder / name, what="a shard that the index names", remedy=_AGAIN
+            )
     places: dict[str, TensorFile] = {}
     for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            if not broken:
+                found.append(
+                    InputError(
+                        f"{quoted(tensor)}: lies in {quoted(name)}, which is no file's name",
+                        where=path,
+                        remedy=_AGAIN,
+                    )
+                )
+            broken.add(tensor)
+            continue
+        if name not in shards:
+            continue  # told of already
         if tensor not in shards[name].entries:
-            raise InputError(
-                f"places {tensor!r} in {name}, which does not hold it",
-                where=path,
-                remedy="copy the base model again",
-            )
-        places[tensor] = shards[name]
+            fault = f"tensor {quoted(tensor)}: is said to lie in {name}, which does not hold it"
+            found.append(InputError(fault, where=path, remedy=_AGAIN))
+        else:
+            places[tensor] = shards[name]
     for shard in shards.values():
         for tensor in shard.entries:
-            if tensor not in places:
-                raise InputError(
-                    f"leaves out {tensor!r}, which lies in {shard.path.name}; loaders would "
-                    "initialise it at random",
-                    where=path,
-                    remedy="copy the base model again",
+            if weight_map.get(tensor) == shard.path.name:
+                continue
+            if tensor not in weight_map:
+                fault = (
+                    f"tensor {quoted(tensor)}: is left out, and lies in {shard.path.name}; "
+                    "loaders would initialise it at random"
                 )
-            if places[tensor] is not shard:
-                raise InputError(
-                    f"{tensor!r} lies in both {shard.path.name} and {places[tensor].path.name}",
-                    where=path,
-                    remedy="copy the base model again",
+            else:
+                fault = (
+                    f"tensor {quoted(tensor)}: lies in both {shard.path.name} and "
+                    f"{quoted(weight_map[tensor])}"
                 )
-    return tuple(shards.values()), places
+            found.append(InputError(fault, where=path, remedy=_AGAIN))
+    return shards, places
 
 
 def checkpoint_digest(checkpoint: CheckpointFiles) -> str:

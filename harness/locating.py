@@ -15,6 +15,7 @@ from pathlib import Path
 from harness.adapter_config import CONFIG_NAME, nested_adapter_hint
 from harness.adapter_files import AdapterFiles
 from harness.errors import InputError
+from harness.file_kinds import is_there
 from harness.stack import Adapter, Base, check_adapter_name
 
 __all__ = ["DEFAULT_BASE", "choose_base", "locate_adapter", "locate_adapters", "locate_base"]
@@ -63,7 +64,7 @@ def locate_adapter(name: str, source: str, here: Path) -> Adapter:
                 where=source,
                 remedy=f"give {Path(source).parent}",
             )
-        if not (path / CONFIG_NAME).exists():
+        if not is_there(path / CONFIG_NAME):
             raise InputError(
                 f"holds no {CONFIG_NAME}",
                 where=source,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "APPLICATION_OPTION",
+    "BENCH_OPTIONS",
     "PROMPT_OPTIONS",
     "RUN_OPTIONS",
     "STACK_OPTIONS",
@@ -25,7 +26,9 @@ __all__ = [
     "add_option",
     "add_options",
     "add_stack_arguments",
+    "batch_sizes",
     "chosen_preset",
+    "random_ranks",
     "spellings",
     "stack_options",
     "with_dashes",
@@ -76,6 +79,12 @@ STACK_OPTIONS: tuple[Option, ...] = (
         help="a stack declared in TOML: base, adapters, expected stopping",
     ),
     Option(
+        flag="--lock",
+        attribute="lock_file",
+        metavar="FILE",
+        help="hold the files against this lock (stack.lock.json beside the stack; none: no lock)",
+    ),
+    Option(
         flag="--modes",
         metavar="M,…",
         repeated=True,
@@ -97,6 +106,17 @@ RUN_OPTIONS: tuple[Option, ...] = (
         flag="--trust-remote-code",
         is_flag=True,
         help="allow Python code in the base's folder to run",
+    ),
+)
+
+BENCH_OPTIONS: tuple[Option, ...] = (
+    Option(flag="--input-tokens", metavar="N", type=int, help="latency: tokens of each prompt"),
+    Option(flag="--output-tokens", metavar="N", type=int, help="latency: new tokens, always all"),
+    Option(flag="--batch-sizes", metavar="N,…", help="latency: rows generated at once"),
+    Option(
+        flag="--random-rank",
+        metavar="NAME=R,…",
+        help="ranks of the random adapters on --base-model random:… (style=16,instruct=64)",
     ),
 )
 
@@ -156,8 +176,46 @@ def stack_options(namespace: Any) -> StackOptions:
     values: dict[str, Any] = {}
     for field in fields(StackOptions):
         value = getattr(namespace, field.name, None)
-        values[field.name] = tuple(value or ()) if isinstance(field.default, tuple) else value
+        if isinstance(field.default, tuple):
+            value = tuple(value or ())
+        elif isinstance(field.default, bool):
+            value = bool(value)
+        values[field.name] = value
     return StackOptions(**values)
+
+
+def random_ranks(text: str | None) -> dict[str, int] | None:
+    """`style=16,instruct=64` as a mapping; one bare number is every usual adapter's rank.
+
+    Raises:
+        InputError: an entry that is not NAME=R.
+    """
+    from harness.errors import InputError
+    from harness.resolve import RANDOM_RANKS
+
+    if text is None:
+        return None
+    found: dict[str, int] = {}
+    for entry in str(text).split(","):
+        name, equals, rank = entry.strip().rpartition("=")
+        if not rank.isdecimal() or (equals and not name) or name in found:
+            raise InputError(
+                f"{text!r} is not NAME=R,…", where="--random-rank", remedy="write e.g. style=16"
+            )
+        found |= {name: int(rank)} if equals else dict.fromkeys(RANDOM_RANKS, int(rank))
+    return found
+
+
+def batch_sizes(text: str | None) -> tuple[int, ...] | None:
+    """`1,8,32` as numbers; raises `InputError` for anything else."""
+    from harness.errors import InputError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in str(text).split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{text!r} is not N,…", where="--batch-sizes", remedy="write e.g. 1,8,32")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def chosen_preset(namespace: Any, stack: AdapterStack) -> Preset:

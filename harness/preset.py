@@ -7,7 +7,6 @@ having messages.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,7 +16,13 @@ from typing import Any
 from harness.completion import GenerationSettings, Message, Prompt
 from harness.embedded import embedded_folder
 from harness.errors import InputError
-from harness.strict_json import read_toml, regular_file
+from harness.file_kinds import regular_file
+from harness.strict_json import (
+    MAX_JSON_BYTES,
+    parse_json_object,
+    read_small_text,
+    read_toml,
+)
 
 __all__ = [
     "choose_preset",
@@ -117,7 +122,7 @@ def load_prompts(path: Path) -> Preset:
 
 
 def _from_toml(path: Path) -> Preset:
-    raw = read_toml(path, what="the preset")
+    raw = read_toml(path, what="the preset", limit=MAX_JSON_BYTES)
     _known(raw, _PRESET_KEYS, path, "the preset")
     form = raw.get("format", "chat")
     if form not in ("chat", "text"):
@@ -140,12 +145,7 @@ def _from_jsonl(path: Path) -> Preset:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"line {number}: {error.msg}", where=path) from error
-        if not isinstance(entry, dict):
-            raise InputError(f"line {number} is not an object", where=path)
+        entry = parse_json_object(line.encode(), where=f"{path}: entry {number}")
         if "prompt" in entry:
             entry["text"] = entry.pop("prompt")
         prompts.append(_prompt(entry, number, path, chat="messages" in entry))
@@ -164,10 +164,9 @@ def _from_text(path: Path) -> Preset:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 (byte {error.start})", where=path) from error
+    # Not splitlines: a prompt may hold U+2028, which ends no line of a file.
+    text = read_small_text(path, what="the prompt file", limit=MAX_JSON_BYTES)
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _prompt(entry: Mapping[str, Any], number: int, path: Path, *, chat: bool) -> Prompt:

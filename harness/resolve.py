@@ -11,20 +11,51 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.adapter_config import CONFIG_NAME
-from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, read_adapter
-from harness.checkpoint_files import CheckpointFiles, read_checkpoint
+from harness.adapter_files import AdapterFiles, read_adapter
+from harness.checkpoint_claims import check_claims
+from harness.checkpoint_files import read_checkpoint
+from harness.config_fields import field_name
 from harness.embedded import embedded_stack_file
-from harness.errors import InputError
+from harness.errors import InputError, combined, gathering, quoted
+from harness.expectation import read_expectation
+from harness.file_kinds import is_there, regular_file
+from harness.fit import check_adapter_on_base, check_adapters_together
 from harness.locating import choose_base, locate_adapters
-from harness.stack import AdapterStack, Base, Mode, default_modes, parse_modes
+from harness.shape import is_random, read_shape
+from harness.stack import (
+    Adapter,
+    AdapterStack,
+    Base,
+    Mode,
+    check_adapter_name,
+    default_modes,
+    parse_modes,
+)
 from harness.strict_json import read_toml
-from harness.tensor_files import same_bytes
 
-__all__ = ["StackOptions", "resolve_stack", "stack_from_options"]
+__all__ = [
+    "LOCK_NAME",
+    "NO_LOCK",
+    "RANDOM_RANKS",
+    "StackOptions",
+    "random_stack",
+    "resolve_stack",
+    "stack_from_options",
+]
 
-_STACK_KEYS = frozenset({"name", "base", "preset", "adapters", "stops", "modes"})
+#: The lock file's name, beside the stack's declaration or in the working directory.
+LOCK_NAME = "stack.lock.json"
+#: What `--lock` takes instead of a file, for no lock at all.
+NO_LOCK = "none"
+_STACK_KEYS = frozenset(
+    {
+        "name", "base", "preset", "stopping_preset", "adapters", "stops", "modes", "untrained",
+        "parents",
+    }
+)  # fmt: skip
 _STYLE, _INSTRUCT = "style", "instruct"
+#: Adapters of a random base, where none is given: the ranks of a usual two-stage training.
+RANDOM_RANKS: Mapping[str, int] = {_STYLE: 16, _INSTRUCT: 64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +69,8 @@ class StackOptions:
     adapters: tuple[str, ...] = ()
     stack_file: str | None = None
     modes: tuple[str, ...] = ()
+    lock_file: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def named(self) -> bool:
@@ -48,8 +81,18 @@ class StackOptions:
         )  # fmt: skip
 
 
-def stack_from_options(options: StackOptions, *, folder: Path | None = None) -> AdapterStack:
+def stack_from_options(
+    options: StackOptions,
+    *,
+    folder: Path | None = None,
+    random_base: bool = False,
+    random_ranks: Mapping[str, int] | None = None,
+) -> AdapterStack:
     """Resolve *options*; relative paths start from *folder* (the working directory).
+
+    Args:
+        random_base: allow `--base-model random:…`; who measures time allows it.
+        random_ranks: as `random_stack` takes them.
 
     Raises:
         InputError: options that contradict each other, half a pair, or anything that
@@ -58,6 +101,16 @@ def stack_from_options(options: StackOptions, *, folder: Path | None = None) -> 
     here = folder or Path.cwd()
     adapters = _named_adapters(options)
     modes = _split(options.modes)
+    if random_base and options.base_model and is_random(options.base_model):
+        if options.stack_file:
+            raise InputError(
+                "a declared stack and a random base are both given",
+                where="--stack",
+                remedy="give --base-model random:… alone, or with adapters",
+            )
+        return random_stack(
+            options.base_model, adapters=adapters, modes=modes, ranks=random_ranks, folder=here
+        )
     if options.stack_file or not options.named:
         if adapters or options.base_model:
             raise InputError(
@@ -66,10 +119,28 @@ def stack_from_options(options: StackOptions, *, folder: Path | None = None) -> 
                 remedy="give --stack, or --base-model and adapters",
             )
         file = Path(options.stack_file) if options.stack_file else embedded_stack_file()
-        return _declared_stack(here / file, modes)
-    return resolve_stack(
-        base_model=options.base_model, adapters=adapters, modes=modes or None, folder=here
-    )
+        stack = _declared_stack(here / file, modes, options.trust_remote_code)
+        beside = (here / file).parent
+    else:
+        stack = resolve_stack(
+            base_model=options.base_model,
+            adapters=adapters,
+            modes=modes or None,
+            folder=here,
+            trust_remote_code=options.trust_remote_code,
+        )
+        beside = here
+    return replace(stack, lock=_lock(options.lock_file, beside, here))
+
+
+def _lock(option: str | None, beside: Path, here: Path) -> Path | None:
+    """The lock file: the one that is given, else the one beside the stack, if there is one."""
+    if option == NO_LOCK:
+        return None
+    if option is not None:
+        return regular_file(here / option, what="the lock file", remedy="run: lora-stack lock")
+    standing = beside / LOCK_NAME
+    return standing if is_there(standing) else None
 
 
 def _split(values: Sequence[str]) -> tuple[str, ...]:
@@ -119,7 +190,7 @@ def _named_adapters(options: StackOptions) -> dict[str, str]:
     return adapters
 
 
-def _declared_stack(file: Path, modes: Sequence[str]) -> AdapterStack:
+def _declared_stack(file: Path, modes: Sequence[str], trust_remote_code: bool) -> AdapterStack:
     """A stack from its TOML declaration; paths in it are relative to the file."""
     declared = read_toml(
         file, what="the stack's declaration", remedy="see docs/stack-file.md for its form"
@@ -143,9 +214,50 @@ def _declared_stack(file: Path, modes: Sequence[str]) -> AdapterStack:
         folder=file.parent,
         name=_text(declared, "name", file) or file.stem,
         base_option=f"base in {file.name}",
+        trust_remote_code=trust_remote_code,
     )
     stops = _stops(declared.get("stops", {}), stack, file)
-    return replace(stack, stops=stops, preset=_text(declared, "preset", file))
+    return replace(
+        stack,
+        stops=stops,
+        preset=_text(declared, "preset", file),
+        stopping_preset=_text(declared, "stopping_preset", file),
+        untrained=_untrained(declared.get("untrained", []), stack, file),
+        parents=_parents(declared.get("parents", {}), stack, file),
+    )
+
+
+def _untrained(declared: Any, stack: AdapterStack, file: Path) -> tuple[str, ...]:
+    names = [adapter.name for adapter in stack.adapters]
+    if not isinstance(declared, list) or not all(name in names for name in declared):
+        raise InputError(
+            f"untrained: {quoted(declared)} is not a list of the stack's adapters",
+            where=file,
+            remedy=f"choose from: {', '.join(names)}",
+        )
+    return tuple(declared)
+
+
+def _parents(declared: Any, stack: AdapterStack, file: Path) -> dict[str, tuple[str, ...]]:
+    """Which adapters each was trained on top of; only those before it in the stack can be."""
+    names = [adapter.name for adapter in stack.adapters]
+    remedy = f'write e.g. {names[-1] if names else "instruct"} = ["{(names or ["style"])[0]}"]'
+    if not isinstance(declared, dict):
+        raise InputError("[parents] is not a table", where=file, remedy=remedy)
+    for name, parents in declared.items():
+        before = names[: names.index(name)] if name in names else []
+        if (
+            name not in names
+            or not isinstance(parents, list)
+            or not all(parent in before for parent in parents)
+        ):
+            raise InputError(
+                f"[parents] {field_name(name)} = {quoted(parents)} does not name adapters "
+                "before it in the stack",
+                where=file,
+                remedy=remedy,
+            )
+    return {name: tuple(parents) for name, parents in declared.items()}
 
 
 def _text(declared: Mapping[str, Any], key: str, file: Path) -> str | None:
@@ -156,9 +268,10 @@ def _text(declared: Mapping[str, Any], key: str, file: Path) -> str | None:
 
 
 def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
-    forms = 'write "always", "never" or {min_rate = 0.9, max_rate = 1.0}'
     if not isinstance(declared, dict):
-        raise InputError("[stops] is not a table", where=file, remedy=forms)
+        raise InputError(
+            "[stops] is not a table", where=file, remedy='write e.g. stacked = "always"'
+        )
     known = {m.name for m in default_modes([a.name for a in stack.adapters])}
     known |= {m.name for m in stack.modes}
     for mode, expected in declared.items():
@@ -168,16 +281,52 @@ def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
                 where=file,
                 remedy=f"choose from: {', '.join(sorted(known))}",
             )
-        if isinstance(expected, dict):
-            sound = set(expected) <= {"min_rate", "max_rate"} and all(
-                isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1
-                for v in expected.values()
-            )
-        else:
-            sound = expected in ("always", "never")
-        if not sound or not expected:
-            raise InputError(f"[stops] {mode} = {expected!r}", where=file, remedy=forms)
+        read_expectation(expected, where=f"{file}: [stops] {mode}")
     return dict(declared)
+
+
+def random_stack(
+    source: str,
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    modes: Sequence[str] | None = None,
+    ranks: Mapping[str, int] | None = None,
+    folder: Path | None = None,
+) -> AdapterStack:
+    """A stack whose base is a shape filled with random numbers; for measuring time alone.
+
+    Args:
+        source: `random:qwen3-8b` or `random:PATH` (see `harness.shape`).
+        adapters: real folders to put on the shape; without any, random ones are built.
+        ranks: rank by adapter name of the random adapters; `RANDOM_RANKS` if None.
+
+    Raises:
+        InputError: an unknown shape, adapters that cannot be had, a rank below 1.
+    """
+    here = folder or Path.cwd()
+    shape, path = read_shape(source, where="--base-model", folder=here)
+    base = Base(path=path, source=source, chosen_by="--base-model", shape=shape)
+    if adapters:
+        found = locate_adapters(adapters, folder=here)
+    else:
+        found = []
+        for adapter_name, rank in (RANDOM_RANKS if ranks is None else ranks).items():
+            check_adapter_name(adapter_name, where="--random-rank")
+            if rank < 1:
+                raise InputError(
+                    f"{adapter_name}: {rank} is no rank", where="--random-rank", remedy="use 1 up"
+                )
+            label = f"random, rank {rank}"
+            found.append(
+                Adapter(name=adapter_name, path=Path(label), source=label, random_rank=rank)
+            )
+    names = [adapter.name for adapter in found]
+    return AdapterStack(
+        name="+".join([f"random {shape.name}", *names]),
+        base=base,
+        adapters=tuple(found),
+        modes=parse_modes(modes, names) if modes else default_modes(names),
+    )
 
 
 def resolve_stack(
@@ -188,6 +337,7 @@ def resolve_stack(
     folder: Path | None = None,
     name: str | None = None,
     base_option: str = "--base-model",
+    trust_remote_code: bool = False,
 ) -> AdapterStack:
     """Look up a base and named adapters, check their files, and decide the modes.
 
@@ -196,27 +346,40 @@ def resolve_stack(
         adapters: folders or hub ids by name; the order is the stack's.
         modes: mode expressions (`harness.stack.parse_modes`); None for the default modes.
         folder: where relative paths start; the working directory if None.
+        trust_remote_code: let through files by which loaders run code.
 
     Raises:
         InputError: a folder or hub id that cannot be had, a broken folder, a name that cannot be
             used, an adapter that is not additive, adapters that name different bases, two names
-            for one folder.
+            for one folder or one content, parts that do not fit. All faults at once.
     """
     here = folder or Path.cwd()
+    if base_model is not None and is_random(str(base_model)):
+        raise InputError(
+            f"{base_model} is random numbers: only its speed means anything",
+            where=base_option,
+            remedy="measure it with lora-stack bench or pytest -m latency; give a checkpoint here",
+        )
     found = locate_adapters(adapters or {}, folder=here)
-    files = {adapter.name: read_adapter(adapter.path) for adapter in found}
+    faults: list[InputError] = []
+    files: dict[str, AdapterFiles] = {}
     for adapter in found:
-        if files[adapter.name].config.not_additive:
-            raise InputError(
-                f"cannot be stacked: {files[adapter.name].config.not_additive[0]}",
-                where=adapter.path / CONFIG_NAME,
-                remedy="only plain LoRA and rsLoRA adapters are additive",
-            )
-    base = choose_base(base_model, base_option, found, files, here)
-    checkpoint = read_checkpoint(base.path)
-    for adapter_name, adapter_files in files.items():
-        _check_shapes(adapter_name, adapter_files, checkpoint.places, base)
-        _check_base_copies(adapter_files, checkpoint)
+        with gathering(faults):
+            files[adapter.name] = read_adapter(adapter.path, trust_remote_code=trust_remote_code)
+            faults += _not_additive(files[adapter.name])
+    check_adapters_together(found, files, faults)
+    if faults and base_model is None:
+        raise combined(faults)  # whose base to look at is said by what is broken
+    base: Base | None = None
+    with gathering(faults):
+        base = choose_base(base_model, base_option, found, files, here)
+        checkpoint = read_checkpoint(base.path)
+        check_claims(checkpoint, faults, trust_remote_code=trust_remote_code)
+        for adapter in found:
+            if adapter.name in files:
+                check_adapter_on_base(adapter, files[adapter.name], checkpoint, base, faults)
+    if faults or base is None:
+        raise combined(faults)
     names = [adapter.name for adapter in found]
     chosen: tuple[Mode, ...] = default_modes(names) if modes is None else parse_modes(modes, names)
     return AdapterStack(
@@ -227,46 +390,12 @@ def resolve_stack(
     )
 
 
-def _check_shapes(name: str, adapter: AdapterFiles, places: Mapping[str, Any], base: Base) -> None:
-    """Hold each pair against the base's weight, where the base has one of that name."""
-    matched = 0
-    for module, pair in adapter.pairs.items():
-        shard = places.get(f"{module}.weight")
-        if shard is None:
-            continue  # a tied head, or a name that transformers maps while loading
-        matched += 1
-        expected = [pair.out_features, pair.in_features]
-        if pair.embedding or adapter.config.fan_in_fan_out:
-            expected.reverse()
-        shape = list(shard.entries[f"{module}.weight"].shape)
-        if shape != expected:
-            raise InputError(
-                f"module {module!r}: the adapter {name!r} needs a base weight of {expected}, "
-                f"{base.source} has {shape}",
-                where=adapter.folder / WEIGHTS_NAME,
-                remedy="give the base that the adapter was trained on as --base-model",
-            )
-    if not matched:
-        module = next(iter(adapter.pairs))
-        raise InputError(
-            f"none of its modules is in the base {base.source} (the first is {module!r})",
-            where=adapter.folder / WEIGHTS_NAME,
-            remedy="give the base that the adapter was trained on as --base-model",
+def _not_additive(files: AdapterFiles) -> list[InputError]:
+    return [
+        InputError(
+            f"cannot be stacked: {reason}",
+            where=files.config.path,
+            remedy="only plain LoRA and rsLoRA adapters are additive",
         )
-
-
-def _check_base_copies(adapter: AdapterFiles, checkpoint: CheckpointFiles) -> None:
-    """PEFT would write these over the base, for every mode: they must be the base's own bytes."""
-    for name, entry in adapter.base_copies.items():
-        place = checkpoint.weight_name(name.removesuffix(".weight"))
-        if place is not None:
-            ours = checkpoint.entry(place)
-            if (entry.dtype, entry.shape) == (ours.dtype, ours.shape) and same_bytes(
-                adapter.tensors, entry, checkpoint.places[place], ours
-            ):
-                continue
-        raise InputError(
-            f"tensor {entry.name!r} would be written over the base's {name}, and differs from it",
-            where=adapter.tensors.path,
-            remedy="save the adapter again with save_pretrained(…, save_embedding_layers=False)",
-        )
+        for reason in files.config.not_additive
+    ]

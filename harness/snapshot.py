@@ -8,6 +8,7 @@ of pytest's options.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -138,10 +139,10 @@ def write_form(snapshot: Snapshot) -> str:
         {
             "form": _FORM,
             "prompt": snapshot.prompt,
-            "prompt_text": snapshot.prompt_text,
+            **_stored_text("prompt_text", snapshot.prompt_text),
             "mode": snapshot.mode,
             "stop_reason": snapshot.stop_reason.value,
-            "text": snapshot.text,
+            **_stored_text("text", snapshot.text),
             "tokens": {
                 # One line each: a diff shows that they changed, and no more of it.
                 "prompt": " ".join(map(str, snapshot.prompt_token_ids)),
@@ -181,10 +182,10 @@ def read_snapshot(form: str, *, where: Path | str, markers: bool = True) -> Snap
         made_with = dict(raw["made_with"])
         return Snapshot(
             prompt=_text(raw["prompt"]),
-            prompt_text=_text(raw["prompt_text"]),
+            prompt_text=_read_text(raw, "prompt_text"),
             mode=_text(raw["mode"]),
             application=_text(made_with.pop("application")),
-            text=_text(raw["text"]),
+            text=_read_text(raw, "text"),
             stop_reason=StopReason(raw["stop_reason"]),
             prompt_token_ids=_ids(raw["tokens"]["prompt"]),
             token_ids=_ids(raw["tokens"]["completion"]),
@@ -202,6 +203,19 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a string")
     return value
+
+
+def _stored_text(key: str, text: str) -> dict[str, str]:
+    """TOML has no half of a surrogate pair, and its readers turn `\\r\\n` into `\\n`; such a text
+    is stored in JSON's escapes."""
+    if "\r" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        return {f"{key}_json": json.dumps(text)}
+    return {key: text}
+
+
+def _read_text(raw: Mapping[str, Any], key: str) -> str:
+    escaped = raw.get(f"{key}_json")
+    return _text(raw[key] if escaped is None else json.loads(_text(escaped)))
 
 
 def _ids(value: object) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ __all__ = [
     "Pair",
     "evidence_of",
     "read_pair",
+    "replace_pair",
     "sidecar_bytes",
     "sidecar_of",
     "write_pair",
@@ -102,6 +103,44 @@ def write_pair(path: Path, text: bytes, evidence: bytes) -> None:
     Raises:
         InputError: the place cannot be written.
     """
+    _make_folder(path)
+    with _turn(path.parent, exclusive=True):
+        _exchange(path, text, _half(text, evidence))
+
+
+def replace_pair(path: Path, text: bytes, sidecar: bytes, *, expected: tuple[str, str]) -> bool:
+    """Write a snapshot whose *sidecar* is packed already, if what lies there is what is expected.
+
+    Args:
+        expected: SHA-256, hexadecimal, of the text and of the sidecar there (`""`: absent).
+
+    Returns:
+        False, and nothing is written, where something else lies there. What a killed call with the
+        same arguments left counts as expected.
+
+    Raises:
+        InputError: the sidecar is damaged or another text's, or the place cannot be written.
+    """
+    new = _found(_unpacked(sidecar), text)
+    if new is None:
+        raise InputError("is damaged, or another text's", where=sidecar_of(path))
+    _make_folder(path)
+    with _turn(path.parent, exclusive=True):
+        try:
+            old_text, old_sidecar = _bytes(path), _bytes(sidecar_of(path))
+        except OSError as error:
+            raise InputError(
+                f"cannot be read: {error.strerror or error}", where=path, remedy=_REMEDY
+            ) from error
+        found = _hex(old_text), _hex(old_sidecar)
+        begun = any(half.digest == new.digest for half in _unpacked(old_sidecar or b""))
+        if found != expected and not (begun and found[0] in (expected[0], _hex(text))):
+            return False
+        _exchange(path, text, new)
+    return True
+
+
+def _make_folder(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,15 +149,20 @@ def write_pair(path: Path, text: bytes, evidence: bytes) -> None:
             where=path.parent,
             remedy="choose another place",
         ) from error
-    new = _half(text, evidence)
-    with _turn(path.parent, exclusive=True):
-        old = _current(path)
-        if old is not None and old.digest != new.digest:
-            write_bytes(sidecar_of(path), _packed([new, old]))
-            write_bytes(path, text)
-        write_bytes(sidecar_of(path), _packed([new]))
-        if old is None or old.digest == new.digest:
-            write_bytes(path, text)
+
+
+def _exchange(path: Path, text: bytes, new: _Half) -> None:
+    old = _current(path)
+    if old is not None and old.digest != new.digest:
+        write_bytes(sidecar_of(path), _packed([new, old]))
+        write_bytes(path, text)
+    write_bytes(sidecar_of(path), _packed([new]))
+    if old is None or old.digest == new.digest:
+        write_bytes(path, text)
+
+
+def _hex(data: bytes | None) -> str:
+    return "" if data is None else hashlib.sha256(data).hexdigest()
 
 
 def evidence_of(pair: Pair, *, where: Path | str) -> bytes:

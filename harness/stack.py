@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.errors import InputError
+from harness.shape import Shape
 
 __all__ = [
     "BASE_MODE",
@@ -29,6 +31,24 @@ BASE_MODE = "base"
 STACKED_MODE = "stacked"
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+# What `torch.nn.ModuleDict` calls its own, of the names that `_NAME` lets through; written down
+# because asking torch takes seconds. A test compares.
+_MODULE_DICT_NAMES = frozenset(
+    {
+        "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init",
+        "children", "clear", "compile", "cpu", "cuda", "double", "dump_patches", "eval",
+        "extra_repr", "float", "forward", "get_buffer", "get_extra_state", "get_parameter",
+        "get_submodule", "half", "ipu", "items", "keys", "load_state_dict", "modules", "mtia",
+        "named_buffers", "named_children", "named_modules", "named_parameters", "parameters",
+        "pop", "register_backward_hook", "register_buffer", "register_forward_hook",
+        "register_forward_pre_hook", "register_full_backward_hook",
+        "register_full_backward_pre_hook", "register_load_state_dict_post_hook",
+        "register_load_state_dict_pre_hook", "register_module", "register_parameter",
+        "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_",
+        "set_extra_state", "set_submodule", "share_memory", "smart_apply", "state_dict", "to",
+        "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+    }
+)  # fmt: skip
 _RESERVED_NAMES = frozenset({BASE_MODE, STACKED_MODE, "all", "none", "default_mode"})
 
 
@@ -41,12 +61,15 @@ class Adapter:
         path: the local folder that holds `adapter_config.json`.
         source: what the user gave: the path as written, or `org/name@revision`.
         revision: the resolved commit of a hub id, otherwise None.
+        random_rank: the rank of an adapter that is random numbers and lies in no folder (*path*
+            then names nothing); None for every other.
     """
 
     name: str
     path: Path
     source: str
     revision: str | None = None
+    random_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +81,14 @@ class Base:
         source: what the user or the adapter config gave.
         chosen_by: which rule won, in words (`--base-model`, `adapter_config.json of style`, …).
         revision: the resolved commit of a hub id, otherwise None.
+        shape: what to build when the base is random numbers (`random:…`); None for a checkpoint.
     """
 
     path: Path
     source: str
     chosen_by: str
     revision: str | None = None
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,17 +122,32 @@ class AdapterStack:
 
     Attributes:
         name: what reports call the stack.
-        stops: the declared expectation a mode: `"always"`, `"never"`, or
-            `{"min_rate": float, "max_rate": float}` (shares of completions that end in EOS).
+        stops: the declared expectation a mode, as `harness.expectation.read_expectation` takes it:
+            `"always"`, `"never"`, or a table such as `{"min_rate": float, "max_rate": float}`
+            (shares of completions that end in EOS).
         preset: the preset that the stack's declaration names, if any.
+        stopping_preset: the one whose prompts stopping is judged on; rates need many prompts.
+        untrained: adapters that may change nothing, by declaration.
+        parents: by adapter, those it was trained on top of, by declaration.
+        lock: the lock file that the stack's files are held against, if there is one.
     """
 
     name: str
     base: Base
     adapters: tuple[Adapter, ...] = ()
     modes: tuple[Mode, ...] = ()
-    stops: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
+    stops: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
     preset: str | None = None
+    stopping_preset: str | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether the base is a shape filled with random numbers: only its speed means anything."""
+        return self.base.shape is not None
+
+    untrained: tuple[str, ...] = ()
+    parents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lock: Path | None = None
 
     def adapter(self, name: str) -> Adapter:
         """Return the adapter called *name*; raises `InputError` if there is none."""
@@ -128,8 +168,8 @@ class AdapterStack:
 def check_adapter_name(name: str, *, where: str) -> None:
     """Refuse a name that a mode expression, PEFT or a snapshot's file name cannot hold.
 
-    PEFT keeps adapters in `torch.nn.ModuleDict`s, where dots are not allowed; attribute names
-    of that class are refused when the engine meets them (it alone knows torch).
+    PEFT keeps adapters in `torch.nn.ModuleDict`s, where dots and the names of its own attributes
+    are not allowed.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -142,6 +182,12 @@ def check_adapter_name(name: str, *, where: str) -> None:
             f"{name!r} is a mode's name and cannot be an adapter's",
             where=where,
             remedy="call the adapter something else",
+        )
+    if name in _MODULE_DICT_NAMES:
+        raise InputError(
+            f"PEFT cannot hold an adapter called {name!r}",
+            where=where,
+            remedy="call it something else",
         )
 
 

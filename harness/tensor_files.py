@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputError
-from harness.strict_json import parse_json_object, regular_file
+from harness.errors import InputError, combined, gathering, quoted
+from harness.file_kinds import foreign_format, regular_file
+from harness.strict_json import MAX_JSON_BYTES, parse_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,9 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 _BLOCK_BYTES = 1 << 24
-_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+_MAX_HEADER_BYTES = MAX_JSON_BYTES  # a tenth of the reference's limit; 100,000 tensors fit
+_MAX_DIMENSIONS = 16
+_MAX_SIZE = 1 << 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,36 +154,31 @@ def read_tensor_file(
             faults added here, instead of raised.
 
     Raises:
-        InputError: the file is missing, is something else (a Git-LFS pointer, an HTML page, a
-            pickle, a zip archive), or its header lies: length, UTF-8, duplicate names, unknown
-            dtypes, shapes against byte ranges, overlaps, holes, trailing or missing bytes.
+        InputError: the file is missing, no regular file, or something else (a Git-LFS pointer, an
+            HTML page, a pickle, an archive); or its header lies: length, UTF-8, duplicate names,
+            unknown dtypes, shapes against byte ranges, overlaps, holes, trailing or missing
+            bytes. All faults of the header at once.
     """
     regular_file(path, what=what, remedy=remedy)
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            head = file.read(1024)
-            _refuse_other_formats(head, size, path, remedy)
-            (length,) = struct.unpack("<Q", head[:8])
-            if length > min(size - 8, _MAX_HEADER_BYTES):
-                raise InputError(
-                    f"its header claims {length} bytes, the file has {size}",
-                    where=path,
-                    remedy=remedy or "it is truncated or corrupt: copy or save it again",
-                )
-            file.seek(8)
-            header = parse_json_object(file.read(length).rstrip(b" "), where=path)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=path) from error
+    header, length, size = _read_header(path, remedy)
     metadata = header.pop("__metadata__", {})
+    found: list[InputError] = []
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InputError("its __metadata__ is not a table of strings", where=path)
+        found.append(
+            InputError(
+                "__metadata__: is not a table of strings", where=path, remedy="save the file again"
+            )
+        )
     data_start = 8 + length
-    entries = sorted(
-        (_entry(name, value, data_start, path) for name, value in header.items()),
-        key=lambda entry: (entry.start, entry.end),
-    )
-    entries = _check_ranges(entries, data_start, size, path, faults)
+    entries = []
+    for name, value in header.items():
+        with gathering(found):
+            entries.append(_entry(name, value, data_start, path))
+    if not found:  # a tensor left out would look like a hole
+        entries.sort(key=lambda entry: (entry.start, entry.end))
+        entries = _check_ranges(entries, data_start, size, path, found, faults)
+    if found:
+        raise combined(found)
     return TensorFile(
         path=path,
         entries={entry.name: entry for entry in entries},
@@ -190,47 +188,49 @@ def read_tensor_file(
     )
 
 
-def _refuse_other_formats(head: bytes, size: int, path: Path, remedy: str | None) -> None:
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(
-            "is a Git-LFS pointer, not the weights", where=path, remedy="run: git lfs pull"
-        )
-    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(
-            "is an HTML page, not weights",
-            where=path,
-            remedy="download it again; a login or error page was saved instead",
-        )
-    # A header of 640 bytes also starts with 80 02: only what follows tells it from a pickle.
-    if head[8:9] != b"{" and head.startswith(
-        (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
-    ):
-        raise InputError(
-            "is a pickle (torch.save) under another name; pickles can run code and are not read",
-            where=path,
-            remedy="save it with safetensors.torch.save_file",
-        )
-    if size < 8:
-        raise InputError(
-            f"has {size} bytes, too few for safetensors",
-            where=path,
-            remedy=remedy or "copy or save it again",
-        )
+def _read_header(path: Path, remedy: str | None) -> tuple[dict[str, Any], int, int]:
+    """The header, its length, and the file's size."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(1024)
+            if (foreign := foreign_format(head, size)) is not None:
+                kind, advice = foreign
+                raise InputError(f"is {kind}", where=path, remedy=advice)
+            if size < 8:
+                raise InputError(
+                    f"has {size} bytes, too few for safetensors",
+                    where=path,
+                    remedy=remedy or "copy or save it again",
+                )
+            (length,) = struct.unpack("<Q", head[:8])
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise InputError(
+                    f"its header claims {length} bytes, the file has {size}",
+                    where=path,
+                    remedy=remedy or "it is truncated or corrupt: copy or save it again",
+                )
+            file.seek(8)
+            return parse_json_object(file.read(length).rstrip(b" "), where=path), length, size
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=path) from error
 
 
 def _entry(name: str, value: Any, data_start: int, path: Path) -> TensorEntry:
     def refuse(fault: str) -> InputError:
-        return InputError(f"tensor {name!r}: {fault}", where=path, remedy="save the file again")
+        return InputError(
+            f"tensor {quoted(name)}: {fault}", where=path, remedy="save the file again"
+        )
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise refuse("its header entry is not {dtype, shape, data_offsets}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        raise refuse(f"unknown dtype {dtype!r}")
-    if not _natural_numbers(shape):
-        raise refuse(f"shape {shape!r} is not a list of sizes")
-    if not _natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets {offsets!r} is not a byte range")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise refuse(f"unknown dtype {quoted(dtype)}")
+    if not _sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise refuse(f"shape {quoted(shape)} is not a list of sizes")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"data_offsets {quoted(offsets)} is not a byte range")
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         raise refuse(
@@ -246,8 +246,8 @@ def _entry(name: str, value: Any, data_start: int, path: Path) -> TensorEntry:
     )
 
 
-def _natural_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _MAX_SIZE for n in value)
 
 
 def _check_ranges(
@@ -255,30 +255,33 @@ def _check_ranges(
     data_start: int,
     size: int,
     path: Path,
-    faults: list[InputError] | None,
+    found: list[InputError],
+    beyond: list[InputError] | None,
 ) -> list[TensorEntry]:
-    """The entries that lie in the file: all of them, unless *faults* takes the others."""
-    remedy = "it is truncated or corrupt: copy or save it again"
+    """The entries that lie in the file. Faults go to *found*; those of tensors beyond the file's
+    end to *beyond* if there is such a list."""
+
+    def fault(text: str) -> InputError:
+        return InputError(
+            text, where=path, remedy="it is truncated or corrupt: copy or save it again"
+        )
+
     position = data_start
     whole = []
     for entry in entries:
+        name = f"tensor {quoted(entry.name)}"
         if entry.end > size:
-            fault = InputError(
-                f"tensor {entry.name!r}: ends at byte {entry.end}, the file has {size}",
-                where=path,
-                remedy=remedy,
-            )
-            if faults is None:
-                raise fault
-            faults.append(fault)
+            text = f"{name}: ends at byte {entry.end}, the file has {size}"
+            (found if beyond is None else beyond).append(fault(text))
         else:
             whole.append(entry)
-        if entry.start != position:
-            relation = "overlaps the one before it" if entry.start < position else "follows a hole"
-            raise InputError(f"tensor {entry.name!r}: {relation}", where=path, remedy=remedy)
-        position = entry.end
+        if entry.start < position:
+            text = f"begins at byte {entry.start} and overlaps the one before it, to {position}"
+            found.append(fault(f"{name}: {text}"))
+        elif entry.start > position:
+            text = f"begins at byte {entry.start} and follows a hole from {position}"
+            found.append(fault(f"{name}: {text}"))
+        position = max(position, entry.end)
     if position < size:
-        raise InputError(
-            f"{size - position} bytes after the last tensor", where=path, remedy=remedy
-        )
+        found.append(fault(f"{size - position} bytes after the last tensor"))
     return whole

@@ -36,11 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from harness.preflight import check_stack_files
     from harness.resolve import stack_from_options
     from harness.verdict import overall
 
     options = stack_options_of(arguments)
     stack = stack_from_options(options)
+    # Before torch is imported: what is broken is said in a second.
+    check_stack_files(stack, trust_remote_code=options.trust_remote_code)
     preset = chosen_preset(arguments, stack)
     if not options.named:
         errors().print("no stack was named: this is the embedded tiny trained one")
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             ],
             "modes": {mode: dict(c.figures) for mode, c in certificates.items()},
         }
-        json.dump(document, sys.stdout, ensure_ascii=False, indent=2)
+        json.dump(document, sys.stdout, ensure_ascii=True, indent=2)
         print()
     else:
         _print(stack, certificates, outcome.value)

@@ -26,7 +26,7 @@ from harness.completion import (
     Prompt,
     StopReason,
 )
-from harness.engines.application import apply_flattened, apply_live, apply_merged, rest
+from harness.engines.application import apply_mode, rest
 from harness.engines.loading import (
     choose_device,
     choose_dtype,
@@ -34,7 +34,10 @@ from harness.engines.loading import (
     load_base,
     load_tokenizer,
 )
+from harness.engines.templating import templated_ids
+from harness.engines.witness import Witness, compare_base_with_files
 from harness.errors import InputError
+from harness.preflight import check_stack_files
 from harness.stack import AdapterStack, Mode
 from harness.tensor_files import DTYPE_BYTES
 
@@ -85,8 +88,10 @@ class PeftEngine:
     ) -> None:
         self.stack = stack
         self.files: dict[str, AdapterFiles] = {
-            adapter.name: read_adapter(adapter.path) for adapter in stack.adapters
+            adapter.name: read_adapter(adapter.path, trust_remote_code=trust_remote_code)
+            for adapter in stack.adapters
         }
+        check_stack_files(stack, trust_remote_code=trust_remote_code)
         chosen_dtype = choose_dtype(dtype)
         self.checkpoint = read_checkpoint(stack.base.path)
         self._weight_bytes = sum(
@@ -116,6 +121,8 @@ class PeftEngine:
         self.model = load_adapters(model, stack.adapters, self.files, self._placement)
         if stack.adapters:
             rest(self.model)
+        compare_base_with_files(self.model, self.checkpoint)
+        self._witness = Witness(self.model)
 
     def __enter__(self) -> Self:
         return self
@@ -157,23 +164,25 @@ class PeftEngine:
         """Enter *mode* for the block; yields the model with exactly its adapters applied.
 
         Raises:
-            ActivationError: what is active, read back per layer, is not the mode.
-            InputError: an unknown mode, or an application that this engine does not have.
+            ActivationError: what is active, read back per layer, is not the mode; or a weight is
+                no longer what was loaded, before the mode or after it.
+            InputError: an unknown mode, or weights that cannot be merged or flattened in memory.
         """
         chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
         for name in chosen.adapters:
             self.stack.adapter(name)
+        self._witness.check(self.model, f"before mode {chosen.name}")
+        with self._entered(chosen, application):
+            yield self.model
+        self._witness.check(self.model, f"after mode {chosen.name}")
+
+    @contextlib.contextmanager
+    def _entered(self, chosen: Mode, application: Application) -> Iterator[None]:
         if not self.stack.adapters:
-            yield self.model
+            yield
             return
-        if application is Application.LIVE:
-            entered = apply_live(self.model, chosen)
-        elif application is Application.FLATTENED:
-            entered = apply_flattened(self.model, chosen)
-        else:
-            entered = apply_merged(self.model, chosen, self.files)
-        with entered:
-            yield self.model
+        with apply_mode(self.model, chosen, application, self.files):
+            yield
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:
@@ -196,7 +205,7 @@ class PeftEngine:
         if prompt.text is not None:
             ids = self.tokenizer(prompt.text)["input_ids"]
         else:
-            ids = self._templated(prompt)
+            ids = templated_ids(self.tokenizer, prompt)
         if not ids:
             raise InputError("has no tokens", where=f"prompt {prompt.id}", remedy="write some text")
         if len(ids) >= self.context_length:
@@ -207,28 +216,6 @@ class PeftEngine:
             )
         return tuple(ids)
 
-    def _templated(self, prompt: Prompt) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            raise InputError(
-                "neither the base nor an adapter has a chat template",
-                where=f"prompt {prompt.id}",
-                remedy='put chat_template.jinja into the base\'s folder, or use format = "text"',
-            )
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        goes_on = messages[-1]["role"] == "assistant"
-        try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=not goes_on,
-                continue_final_message=goes_on,
-                return_dict=False,
-            )
-        except Exception as error:  # templates raise what they like
-            raise InputError(
-                f"the chat template refuses it: {error}", where=f"prompt {prompt.id}"
-            ) from error
-        return ids
-
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -238,11 +225,14 @@ class PeftEngine:
         application: Application = Application.LIVE,
         begun: Sequence[Sequence[int]] | None = None,
         progress: Progress | None = None,
+        finished: Callable[[Completion], None] | None = None,
     ) -> tuple[Completion, ...]:
         """Complete every prompt in *mode*; the results come in the order of the prompts.
 
         Args:
             begun: token ids that each completion already begins with; they count as produced.
+            finished: called with each completion when its batch is through, the shortest prompts
+                first: what an interrupt leaves.
         """
         settings = settings or GenerationSettings()
         if settings.do_sample and settings.seed is None:
@@ -271,6 +261,8 @@ class PeftEngine:
                     done[request.place] = self.completion(
                         request.prompt, request.ids, row, chosen, application, settings
                     )
+                    if finished is not None:
+                        finished(done[request.place])
                 report(1.0)
         return tuple(done[place] for place in range(len(requests)))
 

@@ -7,7 +7,6 @@
 from harness.pending.deciding import (
     Decided,
     accept,
-    finish_acceptances,
     reject,
     snapshots_folder,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "Run",
     "Side",
     "accept",
-    "finish_acceptances",
     "read_case",
     "read_records",
     "record_case",

@@ -11,16 +11,12 @@ from __future__ import annotations
 import configparser
 import contextlib
 import hashlib
-import json
-import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.errors import InputError
 from harness.pending.files import (
-    FOLDER,
     Run,
     locked,
     read_case,
@@ -29,14 +25,15 @@ from harness.pending.files import (
 )
 from harness.pending.form import Record, case_form
 from harness.pending.values import Case
+from harness.snapshot_files import replace_pair, sidecar_of
 from harness.staging import write_bytes
 from harness.strict_json import read_toml
 from harness.verdict import Outcome
 
-__all__ = ["Decided", "accept", "finish_acceptances", "reject", "snapshots_folder"]
+__all__ = ["Decided", "accept", "reject", "snapshots_folder"]
 
-_STARTED = ".accepting.json"
 _AGAIN = "run the suites again, then review"
+_ALIEN = "delete the pending file: no run of the suites writes such a thing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,41 +59,15 @@ def accept(root: Path, records: Iterable[Record]) -> tuple[Decided, ...]:
     not as it was when compared; another base or adapter than the newest run's; `incomparable`
     because of another base or set of adapters; a path outside the snapshots folder.
     """
-    records = tuple(records)
     with locked(root):
-        run = read_records(root).run
-        folder = snapshots_folder(root)
-        journal = root / FOLDER / _STARTED
-        # Should we be killed between two files of one case, the next review ends what began.
-        write_bytes(journal, json.dumps([record.name for record in records]).encode())
-        try:
-            return tuple(_accepted(root, folder, run, record) for record in records)
-        finally:
-            journal.unlink(missing_ok=True)
+        run, folder = read_records(root).run, snapshots_folder(root)
+        return tuple(_accepted(root, folder, run, record) for record in records)
 
 
 def reject(root: Path, records: Iterable[Record]) -> tuple[Decided, ...]:
     """Leave the snapshots as they are and the changes as no longer pending."""
     with locked(root):
         return tuple(_rejected(record) for record in records)
-
-
-def finish_acceptances(root: Path) -> tuple[Decided, ...]:
-    """End what a killed acceptance began: snapshots of which some files, not all, were written."""
-    journal = root / FOLDER / _STARTED
-    if not journal.exists():
-        return ()
-    with locked(root):
-        try:
-            names = set(json.loads(journal.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
-            names = set()
-        found = read_records(root)
-        folder = snapshots_folder(root)
-        begun = [r for r in found.pending if r.name in names and _half_written(root, folder, r)]
-        done = tuple(_accepted(root, folder, found.run, record) for record in begun)
-        journal.unlink(missing_ok=True)
-        return done
 
 
 def snapshots_folder(root: Path) -> Path:
@@ -160,14 +131,31 @@ def _accept(root: Path, folder: Path, run: Run | None, record: Record) -> tuple[
             "holds nothing to accept", where=case.name, remedy="pytest --snapshot-update"
         )
     _same_stack(case, run)
-    files = {_place(root, folder, path, case): data for path, data in case.accepting.items()}
-    for relative, path in zip(case.accepting, files, strict=True):
-        present = _sha256(path)
-        if present not in (case.accepted_sha256[relative], _digest(files[path])):
-            raise InputError("has changed since it was compared", where=relative, remedy=_AGAIN)
-    _write_all(files)
+    for path in case.accepting:
+        _check_place(root, folder, path, case)
+    _write(root, case)
     write_bytes(record.path, case_form(case, decision="accepted"))
     return tuple(case.accepting)
+
+
+def _write(root: Path, case: Case) -> None:
+    """Write the snapshot and its evidence, or a snapshot without; nothing else."""
+    evidence = sidecar_of(case.snapshot)
+    wanted = case.accepting.get(case.snapshot)
+    if wanted is None or not set(case.accepting) <= {case.snapshot, evidence}:
+        raise InputError(
+            "writes other files than the snapshot and its evidence", where=case.name, remedy=_ALIEN
+        )
+    target, text_was = root / case.snapshot, case.accepted_sha256[case.snapshot]
+    if evidence in case.accepting:
+        expected = text_was, case.accepted_sha256[evidence]
+        as_expected = replace_pair(target, wanted, case.accepting[evidence], expected=expected)
+    else:
+        as_expected = _sha256(target) in (text_was, hashlib.sha256(wanted).hexdigest())
+        if as_expected:
+            write_bytes(target, wanted)
+    if not as_expected:
+        raise InputError("has changed since it was compared", where=case.snapshot, remedy=_AGAIN)
 
 
 def _same_stack(case: Case, run: Run | None) -> None:
@@ -179,8 +167,8 @@ def _same_stack(case: Case, run: Run | None) -> None:
     for key, value in made.items():
         if newest.get(key) != value:
             raise InputError(
-                f"was made with {key} {value}, the newest run with "
-                f"{newest.get(key, 'none of that name')}",
+                f"was made with {key} {value[:12]}, the newest run with "
+                f"{newest.get(key, 'none of that name')[:18]}",
                 where=case.name,
                 remedy=_AGAIN,
             )
@@ -197,8 +185,8 @@ def _same_stack(case: Case, run: Run | None) -> None:
         )
 
 
-def _place(root: Path, folder: Path, path: Path, case: Case) -> Path:
-    """Where *path* is to be written; refuses whatever is not below the snapshots folder."""
+def _check_place(root: Path, folder: Path, path: Path, case: Case) -> None:
+    """Refuse whatever is no file below the snapshots folder."""
     target = root / path
     if path.is_absolute() or ".." in path.parts or any(c in str(path) for c in "\x00\\"):
         sound = False
@@ -208,61 +196,16 @@ def _place(root: Path, folder: Path, path: Path, case: Case) -> Path:
         raise InputError(
             f"writes {str(path)!r}, which is no file below {folder.name}/",
             where=case.name,
-            remedy="delete the pending file: no run of the suites writes such a thing",
+            remedy=_ALIEN,
         )
     if path not in case.accepted_sha256:
         raise InputError(f"does not say what {path} was", where=case.name, remedy=_AGAIN)
-    return target
-
-
-def _half_written(root: Path, folder: Path, record: Record) -> bool:
-    """Whether some of the files that accepting *record* writes are there, and some are not."""
-    try:
-        case = read_case(record)
-        written = [
-            _sha256(_place(root, folder, path, case)) == _digest(data)
-            for path, data in case.accepting.items()
-        ]
-    except InputError:
-        return False
-    return any(written)
-
-
-def _write_all(files: Mapping[Path, bytes]) -> None:
-    """Write all of *files* or none: staged first, then renamed; undone where one cannot be."""
-    before = {path: path.read_bytes() if path.exists() else None for path in files}
-    staged: dict[Path, Path] = {}
-    done: list[Path] = []
-    try:
-        for path, data in files.items():
-            staged[path] = path.parent / f".staging-{secrets.token_hex(6)}"
-            write_bytes(staged[path], data)
-        for path in files:
-            staged[path].replace(path)
-            done.append(path)
-    except BaseException as error:
-        for path in done:
-            old = before[path]
-            if old is None:
-                path.unlink(missing_ok=True)
-            else:
-                write_bytes(path, old)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot be written: {error.strerror}", where=path) from error
-        raise
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
     try:
-        return _digest(path.read_bytes())
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
         return ""
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=path) from error
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()

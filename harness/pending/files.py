@@ -46,7 +46,7 @@ __all__ = [
 #: Below pytest's root folder; ignored by git.
 FOLDER = ".pending"
 _RUN = ".run.json"
-_PART = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")
+_PART = re.compile(r"[^./\\\x00-\x1f\x7f\ud800-\udfff][^/\\\x00-\x1f\x7f\ud800-\udfff]*")
 _PART_BYTES = 240
 _HEADER_BYTES = 1 << 20
 
@@ -167,13 +167,13 @@ def read_records(root: Path) -> Records:
     cases: list[Record] = []
     broken: list[Broken] = []
     run: Run | None = None
-    for path in _files(folder):
+    for entry, name in _files(folder, ""):
         try:
-            cases.append(_record(path, folder))
+            cases.append(_record(entry, name))
         except FileNotFoundError:  # gone meanwhile
             continue
         except (InputError, OSError) as error:
-            broken.append(_broken(path, error))
+            broken.append(_broken(Path(entry.path), error))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         try:
             run = _run(folder / _RUN)
@@ -212,15 +212,16 @@ def _broken(path: Path, error: InputError | OSError) -> Broken:
     return Broken(path=path, fault=fault)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: str | Path, name: str) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """The files of cases, each with the name that its place gives it."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                yield from _files(folder / entry.name)
+                yield from _files(entry.path, f"{name}{entry.name}/")
             elif entry.name.endswith(".json"):
-                yield folder / entry.name
+                yield entry, name + entry.name.removesuffix(".json")
 
 
 def _run(path: Path) -> Run:
@@ -235,13 +236,13 @@ def _run(path: Path) -> Run:
     )
 
 
-def _record(path: Path, folder: Path) -> Record:
-    if not path.is_file() and path.exists():
+def _record(entry: os.DirEntry[str], name: str) -> Record:
+    path = Path(entry.path)
+    if not entry.is_file() and path.exists():
         raise InputError("is not a regular file", where=path)  # a pipe would wait for ever
-    with path.open("rb") as file:
+    with open(entry.path, "rb") as file:  # noqa: PTH123 - thousands of them
         line = file.readline(_HEADER_BYTES)
         written = os.fstat(file.fileno()).st_mtime
     if not line.endswith(b"\n"):
         raise InputError("its first line does not end", where=path)
-    name = path.relative_to(folder).as_posix().removesuffix(".json")
     return read_header(line[:-1], path=path, name=name, written=written)

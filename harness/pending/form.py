@@ -1,7 +1,7 @@
 """The stored form of a compared case: two lines of JSON, what a list needs and the details.
 
 The first line holds the digest of the second, so that it stands for the whole. Foreign text is
-ASCII in here: lone surrogates survive, and no escape sequence reaches a terminal by `cat`. Knows
+ASCII in here: no escape sequence reaches a terminal by `cat`. Knows
 nothing of folders, locks or decisions.
 """
 
@@ -40,7 +40,6 @@ _LIGHT = frozenset({Outcome.HELD, Outcome.SKIPPED})
 _WORDED = {
     Outcome.DRIFT: "the same tokens, with other probabilities",
     Outcome.INCOMPARABLE: "made under other conditions",
-    Outcome.UNREADABLE: "what was accepted cannot be read",
 }
 
 
@@ -214,11 +213,15 @@ def _bounded(lines: Iterable[str], characters: int = 2_000, count: int = 40) -> 
 def _change(case: Case) -> tuple[str, str]:
     """What tells this change from others, as a digest, and in one line for people."""
     outcome = case.verdict.outcome
-    if case.then is None or outcome in _WORDED:
+    if outcome in _WORDED:
         differing = _differing(case) if outcome is Outcome.INCOMPARABLE else ()
-        words = _WORDED.get(outcome, "nothing is accepted yet")
-        words += f": {', '.join(differing)}" if differing else ""
+        words = _WORDED[outcome] + (f": {', '.join(differing)}" if differing else "")
         return _digest(outcome.value, *differing), words
+    if case.then is None:
+        text = " ".join(case.now.text.split())
+        why = "cannot be read" if outcome is Outcome.UNREADABLE else "nothing is accepted yet"
+        said = text if len(text) <= 200 else text[:200] + "…"
+        return _digest(outcome.value, case.now.stop_reason, case.now.text), f"{why}; now: {said}"
     hunks: list[str] = []
     words = ""
     for piece in word_diff(case.then.text, case.now.text):
@@ -250,8 +253,21 @@ def _digest(*parts: str) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """*value* as one ASCII line."""
+    """*value* as one ASCII line; half a surrogate pair, which is no character, is written out."""
+    line = _dumped(value)
+    return _dumped(_sound(value)) if b"\\ud" in line else line
+
+
+def _dumped(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _sound(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_sound(key): _sound(item) for key, item in value.items()}
+    return [_sound(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _side_form(side: Side, *, light: bool) -> dict[str, Any]:

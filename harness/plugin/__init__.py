@@ -7,6 +7,7 @@ they mean is known below.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,27 @@ import pytest
 from harness.adapter_files import adapter_digest
 from harness.completion import Completion, Prompt
 from harness.errors import InputError
+from harness.interrupts import terminable
 from harness.options import spellings
 from harness.plugin.accepted import ACCEPTED, Accepted, Completions, Judged
+from harness.plugin.latency import (
+    chosen_cells,
+    lora_cell,
+    lora_latency,
+    lora_measured,
+    pytest_benchmark_update_json,
+    pytest_benchmark_update_machine_info,
+    skip_without_meaning,
+)
 from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
-from harness.plugin.summary import case_of, outcome_of, properties_of, write_summary
+from harness.plugin.summary import (
+    case_of,
+    outcome_of,
+    properties_of,
+    write_end,
+    write_summary,
+)
 from harness.preset import Preset
 from harness.provenance import versions
 from harness.resolve import StackOptions, stack_from_options
@@ -31,7 +48,14 @@ from harness.verdict import Verdict
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
 
-__all__ = ["Completions"]
+__all__ = [
+    "Completions",
+    "lora_cell",
+    "lora_latency",
+    "lora_measured",
+    "pytest_benchmark_update_json",
+    "pytest_benchmark_update_machine_info",
+]
 
 _MARKERS = (
     "gpu: needs CUDA; skipped without it, an error with --require-gpu",
@@ -109,8 +133,11 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
         return None
     stack = setting.stack
     lines = [f"lora-stack: {stack.name}, base {stack.base.source} ({stack.base.chosen_by})"]
+    if stack.random:
+        lines.append("  RANDOM WEIGHTS: only times mean anything; every other test is skipped")
     lines += [
-        f"  adapter {a.name}: {a.source} sha256 {adapter_digest(a.path)[:12]}"
+        f"  adapter {a.name}: {a.source}"
+        + (f" sha256 {adapter_digest(a.path)[:12]}" if a.random_rank is None else "")
         for a in stack.adapters
     ]
     lines.append(
@@ -124,7 +151,8 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
-    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode"}
+    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode",
+            "lora_cell"}  # fmt: skip
     if not ours.intersection(names):
         return
     setting = metafunc.config.stash[SETTING]
@@ -132,6 +160,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         stack, preset = setting.stack, setting.preset
     except InputError as error:
         raise pytest.UsageError(shown(str(error))) from None
+    if "lora_cell" in names:
+        try:
+            cells = chosen_cells(setting)
+        except InputError as error:
+            raise pytest.UsageError(shown(str(error))) from None
+        _parametrize(metafunc, "lora_cell", [(cell.key, cell) for cell in cells])
     if "lora_mode" in names:
         _parametrize(metafunc, "lora_mode", [(m.name, m) for m in stack.modes])
     if "lora_declared_mode" in names:
@@ -165,6 +199,7 @@ def _pairs(stack: AdapterStack) -> list[tuple[Mode, Mode]]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    skip_without_meaning(item)
     if item.get_closest_marker("gpu") is None:
         return
     import torch
@@ -268,6 +303,17 @@ def lora_completions(_lora_accepted: Accepted) -> Completions:
     return _lora_accepted.completions
 
 
+@pytest.fixture(scope="session")
+def lora_stopping_completions(
+    pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_completions: Completions
+) -> Completions:
+    """`.of(mode)` over the preset that stopping is judged on; rates need many prompts."""
+    setting = pytestconfig.stash[SETTING]
+    if setting.stopping_preset == setting.preset:
+        return lora_completions
+    return Completions(lora_engine, setting.stopping_preset)
+
+
 @pytest.fixture
 def lora_completion(
     lora_completions: Completions, lora_mode: Mode, lora_prompt: Prompt
@@ -333,6 +379,14 @@ def _concluded(item: pytest.Item) -> list[Judged]:
     return accepted.conclude(snapshot.executions)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.stash[SETTING].asked_for and not hasattr(session.config, "workerinput"):
+        # A scheduler's SIGTERM ends the session as Ctrl-C does: with a summary of what ran.
+        ending = contextlib.ExitStack()
+        ending.enter_context(terminable())
+        session.config.add_cleanup(ending.close)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Before -k, -m and --deselect take tests away: what they leave out is still asked for.
@@ -359,5 +413,6 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         node.config.stash[ORPHANS] = found
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     write_summary(terminalreporter, config)
+    write_end(terminalreporter, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)

@@ -19,6 +19,7 @@ from harness.completion import Application, Completion, Prompt
 from harness.errors import InputError
 from harness.preset import Preset
 from harness.stack import Mode
+from harness.terminal import shown
 from harness.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -41,10 +42,13 @@ class Completions:
         self,
         engine: PeftEngine,
         preset: Preset,
-        drafts: Callable[[Mode], Sequence[Sequence[int] | None]],
+        drafts: Callable[[Mode], Sequence[Sequence[int] | None]] | None = None,
     ) -> None:
-        self._engine, self._preset, self._drafts = engine, preset, drafts
+        self._engine, self._preset = engine, preset
+        self._drafts = drafts or (lambda mode: [None] * len(preset.prompts))
         self._found: dict[tuple[Mode, Application], tuple[Replayed, ...]] = {}
+        self._lost: dict[tuple[Mode, Application], str] = {}
+        self._broken = ""
 
     def of(self, mode: Mode, application: Application = Application.LIVE) -> tuple[Completion, ...]:
         """The completions of *mode*, in the order of the preset's prompts, with evidence."""
@@ -53,12 +57,24 @@ class Completions:
     def replayed(
         self, mode: Mode, application: Application = Application.LIVE
     ) -> tuple[Replayed, ...]:
-        """The same, with how each was come by."""
-        from harness.replay import complete
+        """The same, with how each was come by.
 
+        A mode that runs out of memory fails its tests, each at once, and the other modes go on;
+        after a broken device (a sticky CUDA error) every mode that was not generated yet fails.
+        """
         key = (mode, application)
         if key not in self._found:
-            self._found[key] = complete(
+            if lost := self._lost.get(key, self._broken):
+                pytest.fail(lost, pytrace=False)
+            self._complete(mode, application)
+        return self._found[key]
+
+    def _complete(self, mode: Mode, application: Application) -> None:
+        from harness.engines.faults import device_fault, give_memory_back
+        from harness.replay import complete
+
+        try:
+            self._found[mode, application] = complete(
                 self._engine,
                 self._preset.prompts,
                 mode,
@@ -66,7 +82,18 @@ class Completions:
                 drafts=self._drafts(mode),
                 application=application,
             )
-        return self._found[key]
+            return
+        except Exception as error:
+            fault = device_fault(error)
+            if fault is None:
+                raise
+        lost = shown(f"{mode.name}: {fault.said}\n→ {fault.remedy}")
+        self._lost[mode, application] = lost
+        if fault.sticky:
+            self._broken = f"the device has been broken since {lost}"
+        else:
+            give_memory_back()
+        pytest.fail(lost, pytrace=False)
 
     def known(self, completion: Snapshot) -> Replayed | None:
         """How the completion that *completion* is a snapshot of was come by, if it is one of
@@ -122,15 +149,10 @@ class Accepted:
         self.drift_fails = drift_fails
         self.contents = contents_of(engine)
         self.judged: dict[Path, Judged] = {}
-        self.completions = Completions(
-            engine, preset, self.drafts if replaying else self._no_drafts
-        )
+        self.completions = Completions(engine, preset, self.drafts if replaying else None)
         self._floors: dict[tuple[str, str, str | None], NoiseFloor | None] = {}
         self._pieces: dict[int, str] = {}
         self._run_recorded = False
-
-    def _no_drafts(self, mode: Mode) -> list[None]:
-        return [None] * len(self.preset.prompts)
 
     def drafts(self, mode: Mode) -> list[tuple[int, ...] | None]:
         """What is accepted for each prompt in *mode*, whichever test module holds it."""

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from harness.options import PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS, Option, stack_options
+from harness.options import (
+    BENCH_OPTIONS,
+    PROMPT_OPTIONS,
+    RUN_OPTIONS,
+    STACK_OPTIONS,
+    Option,
+    random_ranks,
+    stack_options,
+)
 from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
@@ -19,7 +27,7 @@ __all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "case_name", "ini_name", "re
 
 #: What every option's destination starts with: pytest's namespace is shared by all plugins.
 DEST = "lora_stack_"
-OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
+OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS + BENCH_OPTIONS
 
 
 @dataclass(kw_only=True)
@@ -39,25 +47,41 @@ class Setting:
     modes_chosen: bool = False
     _stack: AdapterStack | None = None
     _preset: Preset | None = None
+    _stopping_preset: Preset | None = None
 
     @property
     def stack(self) -> AdapterStack:
         if self._stack is None:
-            self._stack = stack_from_options(self.options, folder=self.folder)
+            self._stack = stack_from_options(
+                self.options,
+                folder=self.folder,
+                random_base=True,
+                random_ranks=random_ranks(self.values.get("random_rank")),
+            )
         return self._stack
 
     @property
     def preset(self) -> Preset:
         if self._preset is None:
-            file = self.values.get("prompts")
-            self._preset = choose_preset(
-                self.values.get("preset"),
-                self.folder / file if file else None,
-                standing=self.stack.preset,
-                max_new_tokens=self.values.get("max_new_tokens"),
-                batch_size=self.values.get("batch_size"),
-            )
+            self._preset = self._choose(self.stack.preset)
         return self._preset
+
+    @property
+    def stopping_preset(self) -> Preset:
+        """What stopping is judged on: the preset that is asked for, else the stack's for that."""
+        if self._stopping_preset is None:
+            self._stopping_preset = self._choose(self.stack.stopping_preset or self.stack.preset)
+        return self._stopping_preset
+
+    def _choose(self, standing: str | None) -> Preset:
+        file = self.values.get("prompts")
+        return choose_preset(
+            self.values.get("preset"),
+            self.folder / file if file else None,
+            standing=standing,
+            max_new_tokens=self.values.get("max_new_tokens"),
+            batch_size=self.values.get("batch_size"),
+        )
 
 
 SETTING = pytest.StashKey[Setting]()
@@ -72,14 +96,15 @@ def ini_name(option: Option) -> str:
 def read_setting(config: pytest.Config) -> Setting:
     given = {o.dest: config.getoption(DEST + o.dest) for o in OPTIONS}
     standing = {o.dest: config.getini(ini_name(o)) or None for o in OPTIONS}
-    stack_names = [o.dest for o in STACK_OPTIONS if o.dest != "modes"]
+    stack_names = [o.dest for o in STACK_OPTIONS if o.dest not in ("modes", "lock_file")]
     from_command_line = any(given[name] for name in stack_names)
     source = given if from_command_line else standing
     values = {name: standing[name] if value is None else value for name, value in given.items()}
     for name in ("max_new_tokens", "batch_size"):
         values[name] = _count(values[name], name)
     modes = tuple(values["modes"] or ())
-    options = stack_options(SimpleNamespace(**{**source, "modes": modes}))
+    general = {name: values[name] for name in ("lock_file", "trust_remote_code")}
+    options = stack_options(SimpleNamespace(**{**source, "modes": modes, **general}))
     return Setting(
         options=options,
         folder=config.invocation_params.dir if from_command_line else config.rootpath,

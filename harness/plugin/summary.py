@@ -17,7 +17,7 @@ from harness.verdict import Outcome, overall
 if TYPE_CHECKING:
     from harness.plugin.accepted import Judged
 
-__all__ = ["case_of", "outcome_of", "properties_of", "write_summary"]
+__all__ = ["case_of", "outcome_of", "properties_of", "write_end", "write_summary"]
 
 
 _SHOWN = 10
@@ -112,6 +112,27 @@ def write_summary(terminalreporter: Any, config: pytest.Config) -> None:
         terminalreporter.line("  → git rm them, or bring their tests back")
     for line in _next_commands(config, outcomes):
         terminalreporter.line(line)
+
+
+def write_end(terminalreporter: Any, *, interrupted: bool) -> None:
+    """Which tests a worker crashed in, and how many ran before an interrupt."""
+    stats = terminalreporter.stats
+    # xdist reports a lost worker's test under no phase of its own.
+    crashed = [r.nodeid for r in stats.get("failed", ()) if getattr(r, "when", None) == "???"]
+    if not (crashed or interrupted):
+        return
+    terminalreporter.section("lora-stack: not run to the end")
+    for nodeid in crashed:
+        terminalreporter.line(shown(f"failed: {nodeid}: its worker crashed"))
+    if interrupted:
+        ran = {
+            report.nodeid
+            for kind in ("passed", "failed", "skipped", "xfailed", "xpassed", "error")
+            for report in stats.get(kind, ())
+            if hasattr(report, "nodeid")
+        }
+        planned = terminalreporter._numcollected - len(stats.get("deselected", ()))
+        terminalreporter.line(f"interrupted: {len(ran)} of {planned} tests ran")
 
 
 def _next_commands(config: pytest.Config, outcomes: Sequence[str]) -> list[str]:

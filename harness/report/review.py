@@ -48,6 +48,8 @@ SIGNS: Mapping[str, str] = {
     "rejected": "–",
 }
 _AROUND = 8
+_LISTED = 6
+_WORST_FIRST = [outcome.value for outcome in reversed(Outcome)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,20 +124,24 @@ def rows(records: Records) -> tuple[Row, ...]:
 
 
 def groups(cases: Iterable[Record]) -> tuple[Group, ...]:
-    """Pending cases by their change: the largest group first, then by name."""
+    """Pending cases by their change: the worst first, then the largest group, then by name."""
     found: dict[str, list[Record]] = {}
     for record in cases:
         if record.pending:
             found.setdefault(record.group or record.name, []).append(record)
     return tuple(
         Group(outcome=members[0].outcome, change=members[0].change, records=tuple(members))
-        for members in sorted(found.values(), key=lambda members: (-len(members), members[0].name))
+        for members in sorted(found.values(), key=_urgency)
     )
+
+
+def _urgency(members: Sequence[Record]) -> tuple[int, int, str]:
+    return (-list(Outcome).index(members[0].outcome), -len(members), members[0].name)
 
 
 def counts(records: Records) -> dict[str, int]:
     """How many cases show which verdict or decision, the worst first."""
-    order = [*reversed([outcome.value for outcome in Outcome]), "rejected", "accepted"]
+    order = [*_WORST_FIRST, "rejected", "accepted"]
     found = Counter(display(record) for record in records.cases)
     return {name: found[name] for name in order if found[name]}
 
@@ -147,7 +153,7 @@ def summary(records: Records) -> str:
     broken = len(records.broken)
     line = (
         f"{len(pending)} of {total} cases {'is' if len(pending) == 1 else 'are'} pending: "
-        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        + ", ".join(f"{kinds[kind]} {kind}" for kind in _WORST_FIRST if kinds[kind])
         if pending
         else f"nothing is pending: {total} cases"
     )
@@ -176,7 +182,7 @@ def fork(case: Case) -> Fork | None:
     shared = now if len(now) >= index else then
     return Fork(
         index=index,
-        before=_joined(shared[max(0, index - _AROUND) : index]),
+        before=_before(case, _joined(shared[max(0, index - _AROUND) : index])),
         then=old,
         now=new,
         after_then=_joined(then[index + 1 : index + 1 + _AROUND]),
@@ -185,6 +191,15 @@ def fork(case: Case) -> Fork | None:
         margin_then=old.margin if old else None,
         margin_now=new.margin if new else None,
     )
+
+
+def _before(case: Case, pieces: str) -> str:
+    """*pieces*, or where tokens are parts of characters, what both texts begin with."""
+    if "\ufffd" not in pieces or case.then is None:
+        return pieces
+    pairs = enumerate(zip(case.then.text, case.now.text, strict=False))
+    end = next((place for place, (then, now) in pairs if then != now), None)
+    return case.now.text[:end][-4 * _AROUND :]
 
 
 def _joined(positions: Sequence[Position]) -> str:
@@ -208,7 +223,9 @@ def _alternatives(
         chances.append(found)
     old, new = chances
     order = sorted(pieces, key=lambda token: -max(old.get(token, 0.0), new.get(token, 0.0)))
-    return tuple((pieces[token], old.get(token), new.get(token)) for token in order)
+    said = {position.token_id for position in (then, now) if position is not None}
+    kept = [token for place, token in enumerate(order) if place < _LISTED or token in said]
+    return tuple((pieces[token], old.get(token), new.get(token)) for token in kept)
 
 
 def _chance(logprob: float) -> float:

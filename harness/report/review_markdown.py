@@ -29,6 +29,7 @@ from harness.report.review import (
 )
 from harness.terminal import shown
 from harness.textdiff import word_diff_line
+from harness.verdict import Outcome
 
 __all__ = ["LIMIT", "MARKER", "annotation_lines", "as_markdown", "length"]
 
@@ -136,21 +137,27 @@ def _group(group: Group) -> Iterable[str]:
         title += f", and {len(also)} more with the same change"
     lines = [f"\n<details><summary>{title}</summary>\n"]
     if also:
-        listed = [f"{r.prompt} × {r.mode}" for r in others[:50]]
+        listed = [_listed(record) for record in others[:50]]
         listed += [f"and {len(others) - 50} more"] if len(others) > 50 else []
         lines += ["The same change in:\n", code_block("\n".join(listed)), ""]
     lines += [*_case(case, head), "\n</details>\n"]
     yield "\n".join(lines)
 
 
+def _listed(record: Record) -> str:
+    drifted = record.outcome is Outcome.DRIFT and record.evidence
+    amount = f": {_bounded(record.evidence[0])}" if drifted else ""
+    return f"{record.prompt} × {record.mode}{amount}"
+
+
 def _case(case: Case, record: Record) -> Iterable[str]:
     yield f"{_code(record.snapshot)}\n"
-    yield code_block("\n".join(case.verdict.evidence) or "no evidence is recorded")
-    yield "\nprompt\n"
+    yield "prompt\n"
     yield code_block(case.prompt_text)
     if case.then is None:
         yield "\nnow\n"
         yield code_block(case.now.text)
+        yield from _evidence(case)
         return
     if case.then.text == case.now.text:
         yield "\nthe words, the same then and now\n"
@@ -161,6 +168,13 @@ def _case(case: Case, record: Record) -> Iterable[str]:
         stops = f"{case.then.stop_reason} → {case.now.stop_reason}"
         yield f"\nstop reason: {_code(stops)}"
     yield from _fork(case)
+    yield from _evidence(case)
+
+
+def _evidence(case: Case) -> Iterable[str]:
+    if case.verdict.evidence:
+        yield "\nevidence\n"
+        yield code_block("\n".join(case.verdict.evidence))
 
 
 def _fork(case: Case) -> Iterable[str]:
@@ -213,9 +227,11 @@ def _plain(text: str) -> str:
 def annotation_lines(records: Records) -> list[str]:
     """`::error` lines that point at the snapshots, as GitHub Actions reads them in a log."""
     lines = []
-    for record in records.pending[: _ANNOTATIONS - 1]:
-        stops = f"stop: {record.stops[0]} → {record.stops[1]}" if record.stops[0] else ""
-        message = "\n".join(_bounded(line) for line in (record.change, stops, *record.evidence[:8]))
+    pending = [record for group in groups(records.cases) for record in group.records]
+    for record in pending[: _ANNOTATIONS - 1]:
+        then, now = record.stops
+        stops = [f"stop: {then} → {now}"] if then and then != now else []
+        message = "\n".join(map(_bounded, (record.change, *stops, *record.evidence[:8])))
         title = f"{record.outcome.value}: {record.prompt} × {record.mode}"
         lines.append(
             f"::error file={_property(record.snapshot)},title={_property(_bounded(title))}"

@@ -35,6 +35,7 @@ from harness.report.review import (
 )
 from harness.terminal import shown
 from harness.textdiff import Change, word_diff
+from harness.verdict import Outcome
 
 __all__ = ["Choices", "ask", "print_case", "print_grid", "print_review", "single_keys"]
 
@@ -67,6 +68,11 @@ def _style(name: str) -> str:
     return _STYLES.get(name, "bold red")
 
 
+def _line(out: Console, text: Text | str = "") -> None:
+    """One line; a pipe or a log gets it whole, a terminal wraps it."""
+    out.print(text, soft_wrap=not out.is_terminal)
+
+
 def print_grid(out: Console, records: Records) -> None:
     """Prompt × mode; rows in which everything held are only counted where there are many."""
     columns = modes(records)
@@ -94,11 +100,11 @@ def print_grid(out: Console, records: Records) -> None:
         table.add_row(Text(shown(row.prompt)), *cells)
     out.print(table)
     if len(kept) < len(found):
-        out.print(Text(f"{len(found) - len(kept)} prompts that held in every mode are not listed"))
+        _line(out, Text(f"{len(found) - len(kept)} prompts that held in every mode are not listed"))
     line = Text("verdicts: ")
     for place, (name, count) in enumerate(counts(records).items()):
         line.append(", " if place else "").append(f"{count} {name}", _style(name))
-    out.print(line)
+    _line(out, line)
     print_broken(out, records)
 
 
@@ -106,11 +112,12 @@ def print_broken(out: Console, records: Records) -> None:
     """Pending files that cannot be read, by name, and what to do."""
     for broken in records.broken:
         where = broken.path.relative_to(records.root).as_posix()
-        out.print(
+        _line(
+            out,
             Text(
                 f"! {shown(where)}: {shown(broken.fault)} → delete it and run the suites again",
                 style="bold red",
-            )
+            ),
         )
 
 
@@ -118,21 +125,26 @@ def print_review(out: Console, records: Records, *, tokens: bool = False) -> Non
     """The grid and every change, for a pipe or a log."""
     print_grid(out, records)
     for group in groups(records.cases):
-        out.print()
+        _line(out)
         _print_group(out, group)
-        for record in group.records:
-            out.print()
-            _print_record(out, record, tokens=tokens)
-    out.print()
-    out.print(Text(summary(records), style="bold"))
+        _line(out)
+        _print_record(out, group.records[0], tokens=tokens)
+        for record in group.records[1:]:
+            line = f"  the same in {record.prompt} × {record.mode}: {record.name}"
+            if record.outcome is Outcome.DRIFT and record.evidence:
+                line += f" ({record.evidence[0]})"  # how far it moved is its own
+            _line(out, Text(shown(line)))
+    _line(out)
+    _line(out, Text(summary(records), style="bold"))
 
 
 def _print_group(out: Console, group: Group) -> None:
     if len(group.records) > 1:
-        out.print(
+        _line(
+            out,
             Text.assemble(
                 (f"{len(group.records)} cases, one change: ", "bold"), shown(group.change)
-            )
+            ),
         )
 
 
@@ -140,7 +152,7 @@ def _print_record(out: Console, record: Record, *, tokens: bool) -> None:
     try:
         case = read_case(record)
     except InputError as error:
-        out.print(Text(f"! {shown(str(error))}", style="bold red"))
+        _line(out, Text(f"! {shown(str(error))}", style="bold red"))
         return
     print_case(out, case, tokens=tokens)
 
@@ -148,24 +160,24 @@ def _print_record(out: Console, record: Record, *, tokens: bool) -> None:
 def print_case(out: Console, case: Case, *, tokens: bool = False) -> None:
     """One change: verdict, words, stop reasons, and where it forks."""
     name = case.verdict.outcome.value
-    out.print(
+    _line(out,
         Text.assemble(
             (f"{SIGNS[name]} {name}", _style(name)), "  ",
             (shown(case.prompt), "bold"), " × ", (shown(case.mode), "bold"),
             (f"  {shown(case.snapshot.as_posix())}", "dim"),
         )
     )  # fmt: skip
-    out.print(Text(f"  prompt  {shown(' '.join(case.prompt_text.split()))}", style="dim"))
+    _line(out, Text(f"  prompt  {shown(' '.join(case.prompt_text.split()))}", style="dim"))
     if case.then is None:
-        out.print(Text.assemble("  now     ", (shown(case.now.text), "green")))
+        _line(out, Text.assemble("  now     ", (_indented(shown(case.now.text)), "green")))
     else:
-        out.print(Text("  text    ").append_text(_words(case.then.text, case.now.text)))
+        _line(out, Text("  text    ").append_text(_words(case.then.text, case.now.text)))
     stops = [case.then.stop_reason] if case.then else []
     stops += [case.now.stop_reason] if stops != [case.now.stop_reason] else []
-    out.print(Text(f"  stop    {shown(' → '.join(stops))}"))
+    _line(out, Text(f"  stop    {shown(' → '.join(stops))}"))
     _print_fork(out, case)
     for line in case.verdict.evidence:
-        out.print(Text(f"  · {shown(line)}", style="dim"))
+        _line(out, Text(f"  · {shown(line)}", style="dim"))
     if tokens:
         out.print(_token_table(case))
 
@@ -175,25 +187,31 @@ def _words(then: str, now: str) -> Text:
     line = Text()
     for piece in word_diff(then, now):
         if piece.change is Change.KEPT:
-            line.append(shown(piece.text))
+            line.append(_indented(shown(piece.text)))
         elif piece.change is Change.REMOVED:
-            line.append(f"[-{shown(piece.text)}-]", "red strike")
+            line.append(f"[-{_indented(shown(piece.text))}-]", "red strike")
         else:
-            line.append(f"{{+{shown(piece.text)}+}}", "bold green")
+            line.append(f"{{+{_indented(shown(piece.text))}+}}", "bold green")
     return line
+
+
+def _indented(text: str) -> str:
+    """Further lines below the first one's words."""
+    return text.replace("\n", "\n" + " " * 10)
 
 
 def _print_fork(out: Console, case: Case) -> None:
     found = fork(case)
     if found is None:
         return
-    out.print(
+    _line(
+        out,
         Text.assemble(
             f"  fork    token {found.index + 1}: …{_flat(found.before)}",
             (f"[-{_flat(_piece(found.then))}-]", "red"),
             (f"{{+{_flat(_piece(found.now))}+}}", "green"),
             f"{_flat(found.after_now)}…",
-        )
+        ),
     )
     if found.alternatives:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -210,7 +228,7 @@ def _print_fork(out: Console, case: Case) -> None:
     ]
     if nats:
         floor = "not measured" if case.noise_floor is None else f"{case.noise_floor:.2g}"
-        out.print(Text(f"  margin  {', '.join(nats)} nats; noise floor {floor}"))
+        _line(out, Text(f"  margin  {', '.join(nats)} nats; noise floor {floor}"))
 
 
 def _piece(position: Position | None) -> str:
@@ -270,7 +288,7 @@ def ask(out: Console, records: Records, read_key: Callable[[], str]) -> Choices:
         for place, record in enumerate(group.records):
             if record.name in decided:
                 continue
-            out.print()
+            _line(out)
             if place == 0:
                 _print_group(out, group)
             _print_record(out, record, tokens=False)
@@ -299,7 +317,7 @@ def _key(
     left: int,
 ) -> str:
     while True:
-        out.print(Text(f"\n{number} of {total}  {_KEYS}", style="bold"))
+        _line(out, Text(f"\n{number} of {total}  {_KEYS}", style="bold"))
         key = read_key().lower()
         if key in ("", "\x04"):
             return "q"
@@ -310,7 +328,7 @@ def _key(
                 "a": "accepted", "r": "rejected", "s": "skipped", "q": "quit",
                 "g": f"accepted, {left} cases",
             }  # fmt: skip
-            out.print(Text(f"→ {words[key]}", style="dim"))
+            _line(out, Text(f"→ {words[key]}", style="dim"))
             return key
 
 

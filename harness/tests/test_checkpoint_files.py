@@ -56,11 +56,11 @@ def edit_index(folder, change):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda m: m.pop("model.norm.weight"), "leaves out 'model.norm.weight'"),
-        (lambda m: m.update({"ghost": next(iter(m.values()))}), "places 'ghost' in"),
-        (lambda m: m.update({"model.norm.weight": "../x"}), "not a file beside it"),
+        (lambda m: m.pop("model.norm.weight"), "'model.norm.weight': is left out"),
+        (lambda m: m.update({"ghost": next(iter(m.values()))}), "'ghost': is said to lie in"),
+        (lambda m: m.update({"model.norm.weight": "../x"}), "no safetensors file beside it"),
         (lambda m: m.update({"model.norm.weight": "gone.safetensors"}), "is missing"),
-        (lambda m: m.clear(), "no weight_map"),
+        (lambda m: m.clear(), "weight_map: is missing or empty"),
     ],
     ids=["left-out", "ghost", "outside", "missing-shard", "empty"],
 )

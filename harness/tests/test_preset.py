@@ -82,7 +82,7 @@ def test_faulty_preset_is_named(tmp_path, text, complaint):
     ("name", "content", "complaint"),
     [
         ("p.jsonl", "{", "line 1"),
-        ("p.jsonl", "[1]", "line 1 is not an object"),
+        ("p.jsonl", "[1]", "entry 1: holds a list, not an object"),
         ("p.txt", "\xff".encode("latin-1").decode("latin-1"), None),
         ("p.csv", "a", "no form of a prompt file"),
         ("p.txt", "\n", "holds no prompt"),

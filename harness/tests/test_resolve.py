@@ -46,6 +46,8 @@ def test_pair_has_four_modes(copies):
 
 def test_any_number_of_adapters_keeps_its_order(copies):
     shutil.copytree(copies / "style", copies / "third")
+    weights = copies / "third" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     options = StackOptions(adapters=("c=third", "a=style", "b=instruct"))
     assert modes(stack_from_options(options, folder=copies)) == ["base", "c", "a", "b", "stacked"]
 
@@ -127,7 +129,7 @@ def test_embedded_stack_is_used_when_none_is_named():
         ({"lora_model": "./nowhere/at/all"}, "no such folder"),
         ({"lora_model": "style/adapter_config.json"}, "is a file, not an adapter folder"),
         ({"lora_model": "."}, "holds no adapter_config.json → give .*style"),
-        ({"base_model": "style"}, "config.json is missing"),
+        ({"base_model": "style"}, "this is an adapter's folder"),
         ({"base_model": "base", "stack_file": "stack.toml"}, "are both given"),
         ({"stack_file": "nope.toml"}, "is missing"),
         ({"lora_model": "style", "modes": ("stacked",)}, "unknown mode or adapter 'stacked'"),
@@ -148,7 +150,7 @@ def test_bad_options_are_refused(copies, monkeypatch, options, complaint):
         ("adapters = 3", "not a table of paths"),
         ("base = 'base'\nstops = 3", "is not a table"),
         ("base = 'base'\n[stops]\nstacked = 'always'", "names 'stacked', which is no mode"),
-        ("base = 'base'\n[stops]\nbase = 'sometimes'", "base = 'sometimes'"),
+        ("base = 'base'\n[stops]\nbase = 'sometimes'", "base: 'sometimes' declares no stopping"),
         ("base = 'base'\n[stops]\nbase = {min_rate = 2}", "min_rate"),
         ("base = ", "not valid TOML"),
     ],
@@ -237,5 +239,5 @@ def test_copied_base_weight_must_be_the_bases_own(tmp_path, changed):
     if not changed:
         assert resolve_stack(adapters=stack.adapters).adapters
         return
-    with pytest.raises(InputError, match=r"would be written over the base's lm_head\.weight"):
+    with pytest.raises(InputError, match=r"would be written over the base's 'lm_head\.weight'"):
         resolve_stack(adapters=stack.adapters)

@@ -81,7 +81,7 @@ def test_lying_header_is_refused(tmp_path, header, data, complaint):
         (b"<!DOCTYPE html><html>", "HTML page"),
         (b"PK\x03\x04" + b"\0" * 40, "pickle"),
         (b"\x80\x02}q\x00.", "pickle"),
-        (b"", "too few"),
+        (b"", "an empty file"),
         (b"\xff" * 16, "claims"),
     ],
 )

@@ -31,7 +31,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Any], **config: Any) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     keyed = {f"base_model.model.{name}.weight": value for name, value in tensors.items()}
     rank = next(value.shape[0] for name, value in tensors.items() if name.endswith("lora_A"))
-    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]}
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(values | config))
     save_file(keyed, folder / "adapter_model.safetensors")
     return folder

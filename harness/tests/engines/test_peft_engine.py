@@ -146,11 +146,22 @@ def test_layer_that_is_not_as_the_mode_says_is_an_error(tiny_engine, fault):
 
 
 def test_file_that_peft_loads_in_part_is_refused(adapter_copy, tiny):
-    from harness.engines import load_engine
     from harness.resolve import resolve_stack
 
     folder = adapter_copy(target_modules=["q_proj"])
-    stack = resolve_stack(base_model=tiny.base, adapters={"a": folder})
+    with pytest.raises(InputError, match="target_modules does not name"):
+        resolve_stack(base_model=tiny.base, adapters={"a": folder})
+
+
+def test_what_peft_loads_in_part_is_noticed_after_loading_too(adapter_copy, tiny, monkeypatch):
+    from harness.adapter_config import AdapterConfig
+    from harness.engines import load_engine
+    from harness.resolve import resolve_stack
+
+    monkeypatch.setattr(AdapterConfig, "targets", lambda *_: None)  # as if the files did not tell
+    stack = resolve_stack(
+        base_model=tiny.base, adapters={"a": adapter_copy(target_modules=["q_proj"])}
+    )
     with pytest.raises(InputError, match="target_modules does not name"):
         load_engine(stack, device="cpu")
 

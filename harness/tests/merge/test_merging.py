@@ -352,7 +352,7 @@ def test_nan_in_an_adapter_is_refused(tiny, tmp_path, adapter_copy):
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] = float("nan")
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="NaN or infinity"):
+    with pytest.raises(InputError, match=r"holds NaN at \["):
         merge_lora_adapters(tiny.base, [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

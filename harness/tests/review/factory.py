@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from harness.pending import Alternative, Case, Position, Run, Side, record_case, record_run
+from harness.snapshot_files import sidecar_bytes
 from harness.verdict import Outcome, Verdict
 
 STACK = {"base": "b" * 16, "adapter_style": "5" * 16, "adapter_instruct": "1" * 16}
@@ -99,7 +100,7 @@ def case(
 ) -> Case:
     """A case; with *root*, its accepted snapshot is written there too."""
     name = f"test_generation/elegant--{prompt}--{mode}"
-    snapshot, evidence_file = Path(f"snapshots/{name}.toml"), Path(f"snapshots/{name}.json")
+    snapshot, evidence_file = Path(f"snapshots/{name}.toml"), Path(f"snapshots/{name}.evidence")
     if outcome in (Outcome.HELD, Outcome.DRIFT):
         now = then or now
     old = None if then is None else side(then, rival=now, conditions=then_conditions)
@@ -110,13 +111,13 @@ def case(
         rival=then or "",
         conditions=conditions,
     )
-    accepted = {} if then is None else {snapshot: form(then), evidence_file: b"old evidence"}
+    accepted = {} if then is None else {snapshot: form(then), evidence_file: sidecar(then)}
     if root is not None:
         for path, data in accepted.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_bytes(data)
     nothing = outcome in (Outcome.HELD, Outcome.SKIPPED)
-    accepting = {} if nothing else {snapshot: form(now), evidence_file: b"new evidence"}
+    accepting = {} if nothing else {snapshot: form(now), evidence_file: sidecar(now)}
     first = None
     if old is not None and outcome in (Outcome.CHANGED, Outcome.TIE):
         first = next(
@@ -154,6 +155,10 @@ def case(
 
 def form(text: str) -> bytes:
     return f"text = {text!r}\n".encode("utf-8", "surrogatepass")
+
+
+def sidecar(text: str) -> bytes:
+    return sidecar_bytes(form(text), b"evidence of " + form(text))
 
 
 def recorded(root: Path, *cases: Case, conditions: dict[str, str] | None = None) -> Path:

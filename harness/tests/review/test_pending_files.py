@@ -21,7 +21,6 @@ from harness.pending import (
     Case,
     Run,
     accept,
-    finish_acceptances,
     read_case,
     read_records,
     record_case,
@@ -29,10 +28,13 @@ from harness.pending import (
     reject,
     snapshots_folder,
 )
+from harness.snapshot_files import evidence_of, read_pair
 from harness.tests.review.factory import CONDITIONS, HOSTILE, a_grid, case, form, recorded
 from harness.verdict import Outcome
 
-foreign = st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(), max_size=60))
+foreign = st.one_of(
+    st.sampled_from([text for text in HOSTILE if "\ud800" not in text]), st.text(max_size=60)
+)
 
 
 _NO_RECORDS = [b"[]", b"{}", b"\n", b"null\nnull\n", b"<<<<<<< HEAD\n", b"[" * 5000 + b"\n"]
@@ -58,6 +60,13 @@ def test_a_recorded_case_reads_back_equal_whatever_the_model_said(
     recorded(tmp_path, item)
     assert read_case(only(tmp_path)) == item
     assert all(byte < 0x7F for byte in only(tmp_path).path.read_bytes())
+
+
+def test_half_a_surrogate_pair_is_written_out(tmp_path: Path):
+    recorded(tmp_path, case(now="a \ud800 b \U0001f600", prompt_text="\udfff"))
+    found = read_case(only(tmp_path))
+    assert found.now.text == "a \\ud800 b \U0001f600"
+    assert found.prompt_text == "\\udfff"
 
 
 def test_every_prompt_and_mode_is_in_the_grid(tmp_path: Path):
@@ -95,7 +104,7 @@ def test_the_folder_is_ignored_by_git(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/etc/x", "a//b", "../x", "a/../b", ".run", "a\nb", "x" * 300]
+    "name", ["", "/etc/x", "a//b", "../x", "a/../b", ".run", "a\nb", "x" * 300, "\ud800"]
 )
 def test_a_name_that_is_no_path_below_the_folder_is_refused(tmp_path: Path, name: str):
     with pytest.raises(InputError, match="no name of a case"):
@@ -343,24 +352,48 @@ def test_the_snapshots_folder_is_the_one_that_pytest_is_told(tmp_path: Path, nam
     assert snapshots_folder(tmp_path) == tmp_path / "golden"
 
 
-def test_when_one_file_cannot_be_written_none_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_pending_file_that_writes_more_than_a_snapshot_is_refused(tmp_path: Path):
+    item = case(root=tmp_path)
+    more = {**item.accepting, Path("snapshots/another.toml"): b"more"}
+    digests = {**item.accepted_sha256, Path("snapshots/another.toml"): ""}
+    recorded(tmp_path, dataclasses.replace(item, accepting=more, accepted_sha256=digests))
+    assert "other files than the snapshot" in refused(tmp_path, item)
+    assert not (tmp_path / "snapshots/another.toml").exists()
+
+
+def test_evidence_of_another_text_is_refused(tmp_path: Path):
+    item = case(root=tmp_path)
+    other = {**item.accepting, item.snapshot: form("not what the evidence is of")}
+    recorded(tmp_path, dataclasses.replace(item, accepting=other))
+    assert "another text's" in refused(tmp_path, item)
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_when_a_write_fails_the_old_snapshot_or_the_new_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+):
     item = case(root=tmp_path)
     recorded(tmp_path, item)
-    before = {path: (tmp_path / path).read_bytes() for path in item.accepting}
-    replace = Path.replace
-    second = tmp_path / list(item.accepting)[1]
+    replace, done = Path.replace, []
 
     def failing(self: Path, target: Path) -> Path:
-        if Path(target) == second:
+        if "snapshots" in Path(target).parts and len(done) == writes:
             raise OSError(28, "No space left on device")
+        done.append(target)
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", failing)
-    (decided,) = accept(tmp_path, [only(tmp_path)])
-    assert decided.refused is not None
-    assert "No space left" in decided.refused
-    assert {path: (tmp_path / path).read_bytes() for path in item.accepting} == before
-    assert read_records(tmp_path).pending
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", failing)
+        (decided,) = accept(tmp_path, [only(tmp_path)])
+    texts = {form(item.then.text), form(item.now.text)} if item.then else set()
+    pair = read_pair(tmp_path / item.snapshot)
+    assert pair.text in texts
+    assert evidence_of(pair, where=item.snapshot) == b"evidence of " + pair.text
+    if decided.refused is not None:
+        assert "No space left" in decided.refused
+        (decided,) = accept(tmp_path, [only(tmp_path)])
+        assert decided.refused is None
+    assert snapshot_text(tmp_path, item) == form(item.now.text)
     assert not list(tmp_path.rglob(".staging-*"))
 
 
@@ -370,8 +403,8 @@ from pathlib import Path
 from harness.pending import accept, read_records
 root, replace, done = Path(sys.argv[1]), Path.replace, []
 def dying(self, target):
-    if "snapshots" in Path(target).parts and ".staging" not in Path(target).name:
-        if done: os._exit(9)
+    if "snapshots" in target.parts:
+        if len(done) == int(sys.argv[2]): os._exit(9)
         done.append(target)
     return replace(self, target)
 Path.replace = dying
@@ -379,19 +412,27 @@ accept(root, read_records(root).pending)
 """
 
 
-def test_what_a_killed_acceptance_began_the_next_review_ends(tmp_path: Path):
-    items = [case(root=tmp_path), case(mode="style", root=tmp_path)]
-    recorded(tmp_path, *items)
-    killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], check=False)
+@pytest.mark.parametrize("writes", range(3))
+@pytest.mark.parametrize("then", ["What was accepted.", None])
+def test_a_killed_acceptance_leaves_the_old_snapshot_or_the_new_and_can_be_done_again(
+    tmp_path: Path, writes: int, then: str | None
+):
+    outcome = Outcome.CHANGED if then else Outcome.MISSING
+    item = case(then=then, outcome=outcome, root=tmp_path)
+    recorded(tmp_path, item)
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path), str(writes)], check=False
+    )
+    if then is None and writes == 2:  # a new snapshot is two files: nothing was left to interrupt
+        assert killed.returncode == 0
+        return
     assert killed.returncode == 9
-    written = [
-        [(tmp_path / path).read_bytes() == data for path, data in item.accepting.items()]
-        for item in items
-    ]
-    assert [True, False] in written  # it died between two files of one case
-    finish_acceptances(tmp_path)
-    for item, before in zip(items, written, strict=True):
-        after = [(tmp_path / path).read_bytes() == data for path, data in item.accepting.items()]
-        assert after == [any(before)] * 2  # whole, or not begun
-    assert len(read_records(tmp_path).pending) == 1
-    assert finish_acceptances(tmp_path) == ()
+    pair = read_pair(tmp_path / item.snapshot)
+    if pair.text is None:
+        assert then is None
+    else:
+        assert evidence_of(pair, where=item.snapshot) == b"evidence of " + pair.text
+    (decided,) = accept(tmp_path, [only(tmp_path)])
+    assert decided.refused is None
+    assert snapshot_text(tmp_path, item) == form(item.now.text)
+    assert not read_records(tmp_path).pending

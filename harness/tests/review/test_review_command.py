@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_it_shows_the_grid_and_every_change_and_says_what_to_run(grid: Path, cap
     assert "[-unfolds-]{+offers+}" in out
     assert "58.9 %" in out
     assert "noise floor 2e-05" in out
-    assert "4 of 12 cases are pending: 2 changed, 1 drift, 1 missing" in out
+    assert "4 of 12 cases are pending: 2 changed, 1 missing, 1 drift" in out
     assert "next: lora-stack review" in out
     assert pending(grid) == ALL
 
@@ -207,7 +208,7 @@ def converse(root: Path, keys: str, *, columns: int = 120) -> tuple[int, str]:
 
 
 def _reading(terminal: int) -> Iterator[str]:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         if not select.select([terminal], [], [], 1)[0]:
             continue
@@ -222,10 +223,10 @@ def _reading(terminal: int) -> Iterator[str]:
 
 
 def test_a_key_decides_at_once(grid: Path):
-    # In order: the group of two (black tea), fox drift, lotus missing.
+    # In order: the group of two (black tea), then lotus (missing), then fox (drift).
     code, shown = converse(grid, "arsa")
     assert code == 1
-    assert pending(grid) == {"fox-home--style"}
+    assert pending(grid) == {"lotus-place-zh--instruct"}
     assert snapshot(grid, "instruct") == form(
         "Black tea offers a sumptuous savour upon the palate."
     )
@@ -263,6 +264,12 @@ def test_everything_accepted_is_0(grid: Path):
 # ---- foreign text, and cost
 
 
+#: Control characters, except line feed and tab, and what turns text around.
+_OBEYED = {chr(c) for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"} | set(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+
+
 def test_what_a_model_says_is_shown_never_obeyed(tmp_path: Path, capsys):
     for number, text in enumerate(HOSTILE):
         recorded(
@@ -276,8 +283,8 @@ def test_what_a_model_says_is_shown_never_obeyed(tmp_path: Path, capsys):
         main(["review", "--root", str(tmp_path), *options])
         captured = capsys.readouterr()
         printed = captured.out + captured.err
-        assert printed.isprintable() or all(c.isprintable() or c == "\n" or c == "\u200b" for c in (
-            re.sub(r"[\t\ue000-\uf8ff\ufffe\uffff\u3000\xa0]", "", printed)))  # fmt: skip
+        assert "Cs" not in {unicodedata.category(character) for character in printed}
+        assert not set(printed) & _OBEYED
         assert not re.search(r"^\s*(::|##\[)", printed, re.M)
 
 

@@ -1,0 +1,262 @@
+"""What a base's config claims, held against its tensors; its tokenizer and generation settings.
+
+transformers builds the model by `config.json` and fills it by name: what has no tensor is drawn
+at random, what has no place is dropped, both with a log line at most. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint_files import CheckpointFiles
+from harness.config_fields import FieldReader
+from harness.errors import InputError, quoted
+from harness.file_kinds import is_there
+from harness.strict_json import read_json_object
+from harness.tensor_files import same_bytes
+
+__all__ = ["PLAIN_FAMILIES", "check_claims", "check_tokenizer"]
+
+#: Families whose tensors are called as their modules are, one layer like the next.
+PLAIN_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_AGAIN = "copy the base model again, config and weights from one place"
+_TRUST = "remove it; or pass --trust-remote-code if you trust this folder"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+#: Gemma's tokenizer.json has 33 MB.
+_MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
+
+
+def check_claims(
+    checkpoint: CheckpointFiles, faults: list[InputError], *, trust_remote_code: bool
+) -> None:
+    """Hold `config.json` against the tensors' names, shapes and dtypes; headers only.
+
+    Layer counts, sizes and ties are judged for `PLAIN_FAMILIES`; what loaders would run, and
+    quantised dtypes without a word about them, for every family.
+    """
+    read = FieldReader(checkpoint.config, checkpoint.folder / "config.json")
+    if not trust_remote_code:
+        _refuse_code(read)
+    family = read.text("model_type")
+    if family is None:
+        read.fault("model_type", "is missing", _AGAIN)
+    quantised = read.table("quantization_config")
+    if "quantization_config" in checkpoint.config and quantised:
+        if not isinstance(quantised.get("quant_method"), str):
+            read.fault("quantization_config", "names no quant_method", _AGAIN)
+    else:
+        _check_dtypes(checkpoint, faults)
+    if family in PLAIN_FAMILIES and not quantised:
+        _check_plain(checkpoint, read, faults)
+    faults += read.faults
+
+
+def _refuse_code(read: FieldReader) -> None:
+    if read.raw.get("auto_map"):
+        fault = "the model needs Python code from its own folder"
+        read.fault("auto_map", fault, "pass --trust-remote-code if you trust that code")
+    for key in ("custom_pipelines", "custom_generate"):
+        if read.raw.get(key):
+            read.fault(key, "makes loaders run code of the folder's", _TRUST)
+    for key, value in read.raw.items():
+        # A name with a slash is a kernel that transformers fetches from the hub and runs.
+        if key.endswith("_implementation") and "/" in str(value):
+            read.fault(key, f"{quoted(value)} would be fetched and run", _TRUST)
+
+
+def _check_dtypes(checkpoint: CheckpointFiles, faults: list[InputError]) -> None:
+    faults.extend(
+        InputError(
+            f"tensor {quoted(entry.name)}: is {entry.dtype}, and config.json has no "
+            "quantization_config that says how to read it",
+            where=shard.path,
+            remedy=_AGAIN,
+        )
+        for shard in checkpoint.shards
+        for entry in shard.entries.values()
+        if entry.name.endswith("weight") and entry.dtype not in _WEIGHT_DTYPES
+    )
+
+
+def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[InputError]) -> None:
+    raw = checkpoint.config
+    keys = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size")  # fmt: skip
+    before = len(read.faults)
+    sizes = {key: read.count(key, raw.get(key)) for key in keys}
+    heads = sizes["num_attention_heads"]
+    pairs = read.count("num_key_value_heads", raw.get("num_key_value_heads") or heads)
+    width = read.count("head_dim", raw.get("head_dim") or sizes["hidden_size"] // max(heads, 1))
+    read.flag("tie_word_embeddings")
+    if len(read.faults) > before:
+        return
+    hidden, middle = sizes["hidden_size"], sizes["intermediate_size"]
+    expected = {_EMBEDDING: [sizes["vocab_size"], hidden], _NORM: [hidden]}
+    if _HEAD in checkpoint.places or not checkpoint.tied:
+        expected[_HEAD] = [sizes["vocab_size"], hidden]
+    of_layer = {
+        "self_attn.q_proj.weight": [heads * width, hidden],
+        "self_attn.k_proj.weight": [pairs * width, hidden],
+        "self_attn.v_proj.weight": [pairs * width, hidden],
+        "self_attn.o_proj.weight": [hidden, heads * width],
+        "mlp.gate_proj.weight": [middle, hidden],
+        "mlp.up_proj.weight": [middle, hidden],
+        "mlp.down_proj.weight": [hidden, middle],
+        "input_layernorm.weight": [hidden],
+        "post_attention_layernorm.weight": [hidden],
+    }
+    if read.raw.get("model_type") == "qwen3":
+        of_layer |= {f"self_attn.{name}_norm.weight": [width] for name in "qk"}
+    layers = sizes["num_hidden_layers"]
+    present = {int(m[1]) for name in checkpoint.places if (m := _LAYER.fullmatch(name))}
+    if present != set(range(layers)):
+        read.fault(
+            "num_hidden_layers",
+            f"claims {layers} layers, the tensors hold {len(present)}"
+            + (f" up to number {max(present)}" if present else ""),
+            _AGAIN,
+        )
+    else:
+        for layer in range(layers):
+            expected |= {f"model.layers.{layer}.{name}": s for name, s in of_layer.items()}
+    for name, shape in expected.items():
+        _check_shape(checkpoint, name, shape, faults)
+    _check_tie(checkpoint, faults)
+
+
+def _check_shape(
+    checkpoint: CheckpointFiles, name: str, shape: list[int], faults: list[InputError]
+) -> None:
+    shard = checkpoint.places.get(name)
+    if shard is None:
+        where: Path = checkpoint.folder
+        fault = f"tensor {quoted(name)}: is missing; transformers would draw it at random"
+    else:
+        where, found = shard.path, list(shard.entries[name].shape)
+        if found == shape:
+            return
+        fault = f"tensor {quoted(name)}: has shape {found}, config.json claims {shape}"
+    faults.append(InputError(fault, where=where, remedy=_AGAIN))
+
+
+def _check_tie(checkpoint: CheckpointFiles, faults: list[InputError]) -> None:
+    """A tied head that is stored too must be the embedding: transformers drops it silently."""
+    head, embedding = checkpoint.places.get(_HEAD), checkpoint.places.get(_EMBEDDING)
+    if not checkpoint.tied or head is None or embedding is None:
+        return
+    if not same_bytes(head, head.entries[_HEAD], embedding, embedding.entries[_EMBEDDING]):
+        faults.append(
+            InputError(
+                "tie_word_embeddings: is true, and lm_head.weight differs from the embedding; "
+                "transformers would drop it",
+                where=checkpoint.folder / "config.json",
+                remedy="set it to false, or copy the base model again",
+            )
+        )
+
+
+def check_tokenizer(
+    checkpoint: CheckpointFiles, faults: list[InputError], *, trust_remote_code: bool
+) -> None:
+    """Hold tokenizer and generation settings against the size of the embedding."""
+    folder = checkpoint.folder
+    rows = _embedding_rows(checkpoint)
+    files = {
+        name: _optional(folder / name, faults, limit=limit)
+        for name, limit in (
+            ("tokenizer.json", _MAX_TOKENIZER_BYTES),
+            ("tokenizer_config.json", None),
+            ("generation_config.json", None),
+            ("special_tokens_map.json", None),
+            ("added_tokens.json", None),
+        )
+    }
+    if not any(is_there(folder / name) for name in _TOKENIZER_FILES):
+        names = ", ".join(_TOKENIZER_FILES)
+        faults.append(
+            InputError(
+                f"holds no tokenizer (none of {names})",
+                where=folder,
+                remedy="copy the base's tokenizer files beside its weights",
+            )
+        )
+    if files["tokenizer.json"] is not None and rows is not None:
+        _check_ids(files["tokenizer.json"], rows, folder / "tokenizer.json", faults)
+    settings = files["tokenizer_config.json"]
+    if settings is not None and settings.get("auto_map") and not trust_remote_code:
+        read = FieldReader(settings, folder / "tokenizer_config.json")
+        read.fault("auto_map", "the tokenizer needs Python code from its own folder", _TRUST)
+        faults += read.faults
+    if files["generation_config.json"] is not None:
+        _check_generation(files["generation_config.json"], rows, folder, faults)
+
+
+def _optional(path: Path, faults: list[InputError], *, limit: int | None) -> dict[str, Any] | None:
+    if not is_there(path):
+        return None
+    try:
+        if limit is None:
+            return read_json_object(path, what=path.name)
+        return read_json_object(path, what=path.name, limit=limit)
+    except InputError as error:
+        faults.extend(error.faults)
+        return None
+
+
+def _embedding_rows(checkpoint: CheckpointFiles) -> int | None:
+    names = [name for name in checkpoint.places if name.endswith("embed_tokens.weight")]
+    if len(names) != 1:
+        return None
+    return checkpoint.entry(names[0]).shape[0] if checkpoint.entry(names[0]).shape else None
+
+
+def _check_ids(
+    tokenizer: Mapping[str, Any], rows: int, path: Path, faults: list[InputError]
+) -> None:
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    advice = "copy the tokenizer that belongs to this base"
+    if not isinstance(vocabulary, dict | list) or not vocabulary:
+        faults.append(InputError("model: holds no vocab", where=path, remedy=advice))
+        return
+    ids: list[Any] = (
+        [*vocabulary.values()] if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    )
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
+    if not all(type(number) is int and number >= 0 for number in ids):
+        faults.append(InputError("model: vocab has ids that are no ids", where=path, remedy=advice))
+        return
+    if max(ids) >= rows:
+        faults.append(
+            InputError(
+                f"model: gives the id {max(ids)}, the embedding has {rows} rows",
+                where=path,
+                remedy=advice,
+            )
+        )
+
+
+def _check_generation(
+    settings: Mapping[str, Any], rows: int | None, folder: Path, faults: list[InputError]
+) -> None:
+    path = folder / "generation_config.json"
+    read = FieldReader(settings, path)
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = settings.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int and number >= 0 for number in ids):
+            read.fault(key, f"{quoted(value)} is no token id", "write the id, or a list of ids")
+        elif rows is not None and ids and max(ids) >= rows:
+            read.fault(key, f"{max(ids)} is beyond the {rows} rows of the embedding", _AGAIN)
+    for key in ("temperature", "top_p", "repetition_penalty"):
+        value = settings.get(key)
+        if value is not None and (type(value) not in (int, float) or value <= 0):
+            read.fault(key, f"{quoted(value)} is not above 0", "write a number above 0")
+    faults += read.faults

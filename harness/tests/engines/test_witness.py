@@ -1,0 +1,88 @@
+"""What changes behind the engine's back is noticed before a mode, or after it."""
+
+import pytest
+
+from harness.completion import Message, Prompt
+from harness.errors import InputError
+
+
+@pytest.fixture
+def engine(tiny):
+    from harness.engines import load_engine
+    from harness.resolve import resolve_stack
+
+    with load_engine(resolve_stack(adapters=tiny.adapters), device="cpu") as engine:
+        yield engine
+
+
+def parameter(engine, ending):
+    found = [p for name, p in engine.model.named_parameters() if name.endswith(ending)]
+    return found[0]
+
+
+ENDINGS = ("norm.weight", "embed_tokens.weight", "q_proj.base_layer.weight",
+           "lora_A.style.weight", "lora_B.instruct.weight")  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_one_bit_of_a_weight_is_noticed_before_the_mode(engine, ending):
+    import torch
+
+    from harness.engines.loading import ActivationError
+
+    weight = parameter(engine, ending)
+    weight.data.view(torch.int32).view(-1)[3] ^= 1
+    with pytest.raises(ActivationError, match=r"before mode base: .*is other"), engine.mode("base"):
+        pytest.fail("the mode was entered")
+
+
+@pytest.mark.parametrize("application", ["live", "merged"])
+def test_what_a_mode_leaves_behind_is_noticed_after_it(engine, application):
+    from harness.completion import Application
+    from harness.engines.loading import ActivationError
+
+    with (
+        pytest.raises(ActivationError, match=r"after mode stacked: .*norm.*is other"),
+        engine.mode("stacked", Application(application)),
+    ):
+        parameter(engine, "norm.weight").data += 1e-3
+
+
+def test_training_mode_is_noticed(engine):
+    from harness.engines.loading import ActivationError
+
+    engine.model.train()
+    with pytest.raises(ActivationError, match="training mode"), engine.mode("style"):
+        pytest.fail("the mode was entered")
+
+
+def test_a_large_model_is_summed_by_a_sample_of_every_tensor(engine, monkeypatch):
+    from harness.engines import witness
+
+    monkeypatch.setattr(witness, "_WHOLE_ELEMENTS", 10)
+    monkeypatch.setattr(witness, "_SAMPLE", 8)
+    seen = witness.Witness(engine.model)
+    assert seen.sampled
+    parameter(engine, "norm.weight").data += 1e-3
+    with pytest.raises(witness.ActivationError, match="norm"):
+        seen.check(engine.model, "now")
+
+
+def test_base_in_memory_is_held_against_the_shards(engine):
+    from harness.engines import witness
+
+    count = len(engine.checkpoint.places)
+    assert witness.compare_base_with_files(engine.model, engine.checkpoint) == count
+    parameter(engine, "down_proj.base_layer.weight").data[0, 0] += 1
+    with pytest.raises(witness.ActivationError, match=r"differs from .*model.safetensors"):
+        witness.compare_base_with_files(engine.model, engine.checkpoint)
+
+
+def test_template_that_hangs_on_one_prompt_is_refused(engine, monkeypatch):
+    monkeypatch.setattr("harness.engines.templating._TEMPLATE_SECONDS", 0.2)
+    engine.tokenizer.chat_template = (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    prompt = Prompt(id="p", messages=(Message(role="user", content="x"),))
+    with pytest.raises(InputError, match=r"prompt p: the chat template .*0\.2 seconds"):
+        engine.token_ids(prompt)
