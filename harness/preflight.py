@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def check_adapter_values(
     factors = {entry.name for pair in files.pairs.values() for entry in (pair.a, pair.b)}
     try:
         for found in value_ranges(files.tensors):
-            most = MOST_OF_A_FACTOR if found.entry.name in factors else None
+            most = MOST_OF_A_FACTOR if found.entry.name in factors else math.inf
             if fault := _value_fault(found, most):
                 faults.append(InputError(fault, where=path, remedy="save or train it again"))
             elif found.zero:
