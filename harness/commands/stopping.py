@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "say whether each mode stops, how sure that is, why not, and who is to blame"
 
+#: Columns that a terminal has no room for.
+_LEFT_OUT = ("stop reasons", "median", "by up to", "cut off early", "EOS margin", "mean tokens")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stack_arguments(parser)
@@ -191,13 +194,17 @@ def _print(report: StoppingReport, folder: Path | None) -> None:
     from harness.report.terminal import outcome_style
 
     out = console()
-    for table in tables(report)[:-1]:
-        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(table["title"], style="bold"),
-                     title_justify="left")  # fmt: skip
-        for name in table["head"]:
-            grid.add_column(shown(name), overflow="fold")
+    for table in tables(report):
+        # The blame is said in a sentence below, the completions are in the report.
+        if table["title"] in ("Blame", "Completions"):
+            continue
+        kept = [n for n, name in enumerate(table["head"]) if name not in _LEFT_OUT]
+        title = Text(table["title"], style="bold")
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        for place in kept:
+            grid.add_column(shown(table["head"][place]), overflow="fold")
         for row in table["rows"]:
-            grid.add_row(*(Text(cell(value, 3)) for value in row))
+            grid.add_row(*(Text(cell(row[place], 3)) for place in kept))
         if table["rows"]:
             out.print(grid)
     for check in report.checks:
