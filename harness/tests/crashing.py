@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, InputError
+from harness.snapshot_files import SIDECAR_SUFFIX, evidence_of, read_pair, sidecar_of
 from harness.tests.faults import fail_at, interposed, kill_at
 
 __all__ = ["WITHOUT_A_STACK", "WRITERS", "fail_everywhere", "kill_everywhere"]
@@ -83,15 +84,29 @@ def _flatten(tiny: Any, folder: Path, weights: list[float]) -> None:
     flatten_adapters(tiny.adapters, folder / "out", weights=weights, force=True)
 
 
+def _evidence(*ids: int) -> Any:
+    import numpy as np
+
+    from harness.evidence import Evidence
+
+    logprobs = np.full((len(ids), 1), -0.5)
+    return Evidence(logprobs=logprobs[:, 0], top_ids=np.array(ids)[:, None], top_logprobs=logprobs)
+
+
 def _snapshots(tiny: Any, folder: Path, token: int) -> None:
     from harness.completion import Prompt
-    from harness.snapshot import snapshot_extension
+    from harness.snapshot import snapshot_extension, snapshot_of
     from harness.tests.values import completion
 
-    extension = snapshot_extension(folder / "snapshots", {})
+    extension = snapshot_extension(
+        folder / "snapshots", lambda c: snapshot_of(c, {}), lambda *_: ()
+    )
     for number in range(3):
         said = completion(
-            Prompt(id=f"p-{number}", text="x"), token_ids=(token, number), text=str(token)
+            Prompt(id=f"p-{number}", text="x"),
+            token_ids=(token, number),
+            text=str(token),
+            evidence=_evidence(token, number),
         )
         extension.write_snapshot(
             snapshot_location=str(folder / "snapshots" / "test_x" / f"{number}.toml"),
@@ -138,16 +153,29 @@ WRITERS = (*WITHOUT_A_STACK, "snapshots", "run report", "flatten", "merge")
 
 def _contents(folder: Path) -> dict[str, str]:
     """The visible results in *folder* by name: a file's digest, a folder's as a whole (a folder of
-    snapshots or the like is not one result, its files are)."""
+    snapshots or the like is not one result, its files are; a snapshot's two files are one)."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not path.is_file() or any(part.startswith((".staging-", ".replaced-"))
                                      for part in name.parts):  # fmt: skip
             continue
+        if path.suffix == SIDECAR_SUFFIX:
+            continue  # read with its text; alone it is nothing
         whole = "out" if name.parts[0] == "out" else str(name)
-        found.setdefault(whole, hashlib.sha256()).update(str(name).encode() + path.read_bytes())
+        found.setdefault(whole, hashlib.sha256()).update(
+            str(name).encode() + path.read_bytes() + _evidence_beside(path)
+        )
     return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def _evidence_beside(path: Path) -> bytes:
+    if path.suffix != ".toml" or not sidecar_of(path).exists():
+        return b""
+    try:
+        return evidence_of(read_pair(path), where=path)
+    except InputError as error:
+        return str(error).encode()
 
 
 def _litter(folder: Path) -> list[Path]:

@@ -17,19 +17,31 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from harness.completion import Prompt
-from harness.snapshot import snapshot_extension
+from harness.evidence import Evidence
+from harness.snapshot import read_stored, snapshot_extension, snapshot_of
 from harness.staging import write_text
 from harness.tests.values import completion
 
 _TOKENS = 400
 
 
+def _evidence(value: int) -> Evidence:
+    ids = np.tile([value, value + 1], (_TOKENS, 1))
+    logprobs = np.tile(np.log([0.6, 0.3]), (_TOKENS, 1))
+    return Evidence(logprobs=logprobs[:, 0].copy(), top_ids=ids, top_logprobs=logprobs)
+
+
 def accept(folder: Path, number: int, value: int) -> None:
     """Accept a completion as the suites' `--snapshot-update` does; every token is *value*."""
-    extension = snapshot_extension(folder, {})
+    extension = snapshot_extension(folder, lambda c: snapshot_of(c, {}), lambda *_: ())
     said = completion(
-        Prompt(id=f"p-{number}", text="x"), token_ids=(value,) * _TOKENS, text=f"{value} " * _TOKENS
+        Prompt(id=f"p-{number}", text="x"),
+        token_ids=(value,) * _TOKENS,
+        text=f"{value} " * _TOKENS,
+        evidence=_evidence(value),
     )
     location = str(folder / "test_x" / f"p-{number}.toml")
     extension.write_snapshot(
@@ -44,16 +56,19 @@ def accepted(folder: Path, number: int) -> int | None:
         InputError: it cannot be read.
         AssertionError: it is a mixture of two.
     """
-    from harness.snapshot import read_snapshot
-
-    path = folder / "test_x" / f"p-{number}.toml"
-    if not path.exists():
+    form = read_stored(folder / "test_x" / f"p-{number}.toml")
+    if form is None:
         return None
-    found = read_snapshot(path.read_text(encoding="utf-8"), where=path)
+    if form.fault is not None:
+        raise form.fault
+    found = form.snapshot
+    assert found is not None
+    assert found.evidence is not None
     assert len(set(found.token_ids)) == 1
     assert len(found.token_ids) == _TOKENS
     value = found.token_ids[0]
     assert found.text == f"{value} " * _TOKENS
+    assert set(found.evidence.top_ids[:, 1]) == {value + 1}
     return value
 
 
