@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         compare_lora_adapters,
     )
     from harness.certificate import Certificate, certify_stack, check_training_stack
+    from harness.comparing import Comparison, judge_snapshot
     from harness.completion import (
         Application,
         Completion,
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
     )
     from harness.engines import load_engine
     from harness.errors import HarnessError, InputError
+    from harness.evidence import Evidence
     from harness.merge import MergeReport, StrategyOptions, flatten_adapters, merge_lora_adapters
+    from harness.noise import NoiseFloor, measure_floor
     from harness.preset import Preset, load_preset, load_prompts
+    from harness.replay import Replayed, replay_completions
     from harness.resolve import resolve_stack
+    from harness.snapshot import Snapshot
     from harness.stack import Adapter, AdapterStack, Base, Mode
     from harness.stopping import StoppingReport, check_training_data, examine_stopping
     from harness.verdict import Outcome, Verdict
@@ -43,8 +48,10 @@ _HOMES = {
     "Application": "harness.completion",
     "Base": "harness.stack",
     "Certificate": "harness.certificate",
+    "Comparison": "harness.comparing",
     "Completion": "harness.completion",
     "Engine": "harness.completion",
+    "Evidence": "harness.evidence",
     "GenerationSettings": "harness.completion",
     "HarnessError": "harness.errors",
     "InputError": "harness.errors",
@@ -52,9 +59,12 @@ _HOMES = {
     "MergeReport": "harness.merge",
     "Message": "harness.completion",
     "Mode": "harness.stack",
+    "NoiseFloor": "harness.noise",
     "Outcome": "harness.verdict",
     "Preset": "harness.preset",
     "Prompt": "harness.completion",
+    "Replayed": "harness.replay",
+    "Snapshot": "harness.snapshot",
     "StopReason": "harness.completion",
     "StoppingReport": "harness.stopping",
     "StrategyOptions": "harness.merge",
@@ -67,10 +77,13 @@ _HOMES = {
     "compare_lora_adapters": "harness.analysis",
     "examine_stopping": "harness.stopping",
     "flatten_adapters": "harness.merge",
+    "judge_snapshot": "harness.comparing",
     "load_engine": "harness.engines",
     "load_preset": "harness.preset",
     "load_prompts": "harness.preset",
+    "measure_floor": "harness.noise",
     "merge_lora_adapters": "harness.merge",
+    "replay_completions": "harness.replay",
     "resolve_stack": "harness.resolve",
 }
 
@@ -80,8 +93,10 @@ __all__ = [
     "Application",
     "Base",
     "Certificate",
+    "Comparison",
     "Completion",
     "Engine",
+    "Evidence",
     "GenerationSettings",
     "HarnessError",
     "InputError",
@@ -89,9 +104,12 @@ __all__ = [
     "MergeReport",
     "Message",
     "Mode",
+    "NoiseFloor",
     "Outcome",
     "Preset",
     "Prompt",
+    "Replayed",
+    "Snapshot",
     "StopReason",
     "StoppingReport",
     "StrategyOptions",
@@ -104,10 +122,13 @@ __all__ = [
     "compare_lora_adapters",
     "examine_stopping",
     "flatten_adapters",
+    "judge_snapshot",
     "load_engine",
     "load_preset",
     "load_prompts",
+    "measure_floor",
     "merge_lora_adapters",
+    "replay_completions",
     "resolve_stack",
 ]
 

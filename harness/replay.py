@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from harness.engines.scoring import ScoreRow
     from harness.evidence import Evidence
 
-__all__ = ["Replayed", "complete", "inexpressible", "with_evidence"]
+__all__ = ["Replayed", "inexpressible", "replay_completions", "with_evidence"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def inexpressible(settings: GenerationSettings) -> str | None:
     return None
 
 
-def complete(
+def replay_completions(
     engine: PeftEngine,
     prompts: Sequence[Prompt],
     mode: Mode | str,

@@ -105,7 +105,7 @@ def _measure(folder: Path, arguments: Any) -> None:
 
     from harness.completion import GenerationSettings, Prompt
     from harness.engines import load_engine
-    from harness.replay import complete
+    from harness.replay import replay_completions
     from harness.resolve import resolve_stack
 
     base, adapters = build(folder)
@@ -132,7 +132,9 @@ def _measure(folder: Path, arguments: Any) -> None:
             anew.append(time.perf_counter() - start)
             start, between = time.perf_counter(), time.process_time()
             for mode in _MODES:
-                for found in complete(engine, prompts, mode, settings, drafts=drafts[mode]):
+                for found in replay_completions(
+                    engine, prompts, mode, settings, drafts=drafts[mode]
+                ):
                     kept += found.kept
                     generated += found.generated
             replayed.append(time.perf_counter() - start)

@@ -141,7 +141,7 @@ def _replayed(
     """What each mode says to the preset's prompts, replayed from what was accepted in *folder* (or
     in a test module's part of it); generated only where the stack says something else by now."""
     from harness.errors import InputError
-    from harness.replay import complete
+    from harness.replay import replay_completions
     from harness.snapshot import draft_tokens, snapshot_name
 
     said: dict[str, tuple[Completion, ...]] = {}
@@ -157,7 +157,7 @@ def _replayed(
                 where=folder,
                 remedy="accept some with pytest --snapshot-update, or name another --preset",
             )
-        found = complete(
+        found = replay_completions(
             engine, preset.prompts, mode, preset.settings,
             drafts=[draft_tokens(path) if path else None for path in paths],
             application=application,

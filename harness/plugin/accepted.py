@@ -71,10 +71,10 @@ class Completions:
 
     def _complete(self, mode: Mode, application: Application) -> None:
         from harness.engines.faults import device_fault, give_memory_back
-        from harness.replay import complete
+        from harness.replay import replay_completions
 
         try:
-            self._found[mode, application] = complete(
+            self._found[mode, application] = replay_completions(
                 self._engine,
                 self._preset.prompts,
                 mode,

@@ -42,7 +42,7 @@ def verdicts(completions, *, base, adapters, dtype="float32", rows_at_once=None,
     from harness.engines.scoring import ScoreRow, score
     from harness.evidence import stored
     from harness.noise import coarser, measure_floor
-    from harness.replay import complete
+    from harness.replay import replay_completions
     from harness.resolve import resolve_stack
     from harness.snapshot import snapshot_of
 
@@ -53,7 +53,7 @@ def verdicts(completions, *, base, adapters, dtype="float32", rows_at_once=None,
         with load_engine(stack, device="cpu", dtype=dtype) as engine:
             mode = engine.stack.mode("stacked")
             drafts = [completion.token_ids for completion in completions]
-            found = complete(
+            found = replay_completions(
                 engine,
                 [completion.prompt for completion in completions],
                 mode,

@@ -40,11 +40,11 @@ def draft_of(completion, chance):
 
 def replayed_and_generated(engine, mode, prompts, settings, chance):
     """Pairs of what replay gives from drafts of every kind, and what generating gives."""
-    from harness.replay import complete
+    from harness.replay import replay_completions
 
     generated = engine.generate(prompts, mode, settings)
     drafts = [draft_of(completion, chance) for completion in generated]
-    return complete(engine, prompts, mode, settings, drafts=drafts), generated, drafts
+    return replay_completions(engine, prompts, mode, settings, drafts=drafts), generated, drafts
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +101,13 @@ def test_a_full_context_ends_a_replayed_completion_as_a_generated_one(stack_of):
 )
 def test_settings_that_replay_cannot_express_are_generated_and_said(tiny_engine, changes):
     from harness.completion import GenerationSettings
-    from harness.replay import complete
+    from harness.replay import replay_completions
 
     settings = replace(GenerationSettings(max_new_tokens=8), **changes)
     prompts = prompts_of(0, 4)
     generated = tiny_engine.generate(prompts, "stacked", settings)
     drafts = [completion.token_ids for completion in generated]
-    found = complete(tiny_engine, prompts, "stacked", settings, drafts=drafts)
+    found = replay_completions(tiny_engine, prompts, "stacked", settings, drafts=drafts)
     assert [one.completion for one in found] == list(generated)
     assert all(next(iter(changes)) in str(one) for one in found)
     assert all(one.completion.evidence is not None for one in found)
@@ -117,10 +117,10 @@ def test_evidence_is_the_models_own_distribution_at_every_token(tiny_engine):
     import torch
 
     from harness.completion import GenerationSettings
-    from harness.replay import complete
+    from harness.replay import replay_completions
 
     prompts = prompts_of(2, 5)
-    found = complete(
+    found = replay_completions(
         tiny_engine, prompts, "stacked", GenerationSettings(max_new_tokens=9), drafts=[None] * 5
     )
     for one in found:
@@ -173,7 +173,7 @@ def test_replay_and_generating_give_the_same_verdicts_over_1000_seeds(stack_of):
     from harness.comparing import judge_snapshot
     from harness.completion import GenerationSettings
     from harness.noise import measure_floor
-    from harness.replay import complete, with_evidence
+    from harness.replay import replay_completions, with_evidence
     from harness.snapshot import snapshot_of
 
     settings = GenerationSettings(max_new_tokens=16)
@@ -195,7 +195,7 @@ def test_replay_and_generating_give_the_same_verdicts_over_1000_seeds(stack_of):
                     ],
                     mode,
                 )
-                found = complete(
+                found = replay_completions(
                     engine, prompts, mode, settings, drafts=[c.token_ids for c in accepted]
                 )
                 floor = measure_floor(engine, mode, generated)
