@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from harness.analysis.figures import ModuleFigures
+from harness.analysis.modules import ModuleFigures
 from harness.analysis.reading import AnalysedPair
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
