@@ -16,10 +16,24 @@ from harness.tests.test_snapshot import completion
 from harness.verdict import Outcome
 
 FLOAT32 = NoiseFloor(
-    dtype="float32", device="cpu", chosen=1e-6, gaps=1e-6, worst=3e-6, tokens=96, ways=("alone",)
+    dtype="float32",
+    device="cpu",
+    chosen=1e-6,
+    gaps=1e-6,
+    worst=3e-6,
+    close=2e-6,
+    tokens=96,
+    ways=("alone",),
 )
 BFLOAT16 = NoiseFloor(
-    dtype="bfloat16", device="cpu", chosen=0.015, gaps=0.02, worst=0.06, tokens=96, ways=("alone",)
+    dtype="bfloat16",
+    device="cpu",
+    chosen=0.015,
+    gaps=0.02,
+    worst=0.06,
+    close=0.04,
+    tokens=96,
+    ways=("alone",),
 )
 IDS = tuple(range(10, 42))
 
