@@ -4,7 +4,7 @@ Each command is a module of `harness.commands`, imported when it is named: `--he
 torch. Knows nothing of what the commands do.
 
 Exit codes: 0 held · 1 a verdict failed · 2 bad usage or input · 3 internal error · 5 nothing ran ·
-130 interrupted.
+130 interrupted · 143 terminated.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from types import ModuleType
 from typing import NoReturn
 
+from harness import __version__
 from harness.errors import HarnessError, InputError
+from harness.interrupts import exit_code, terminable
 from harness.options import with_dashes
 from harness.terminal import shown
 
 __all__ = ["main"]
 
 _COMMANDS = (
-    "run", "verify", "merge", "flatten", "analyze", "compare", "check-files", "lock",
+    "run", "verify", "stopping", "review", "merge", "flatten", "analyze", "compare", "bench",
+    "check-files", "lock",
 )  # fmt: skip
-_USAGE_ERROR, _INTERNAL_ERROR, _INTERRUPTED = 2, 3, 130
+_USAGE_ERROR, _INTERNAL_ERROR = 2, 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,9 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "With no stack named, the embedded tiny trained stack is used.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"lora-stack {version('lora-stack-harness')}"
-    )
+    parser.add_argument("--version", action="version", version=f"lora-stack {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in _COMMANDS:
         module = _command(name)
@@ -65,13 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
     try:
-        code: int = _command(arguments.command).run(arguments)
+        with terminable():
+            code: int = _command(arguments.command).run(arguments)
         sys.stdout.flush()
         return code
     except InputError as error:
         return _complain(str(error), _USAGE_ERROR)
-    except KeyboardInterrupt:
-        return _complain("interrupted", _INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _complain("interrupted", exit_code(error))
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,10 @@
 """Writing files and folders beside their place and renaming them into it: whole or not there.
 
 A reader never sees half a file, and a killed writer leaves only a `.staging-…` entry, which the
-next writer of the same folder sweeps. Knows nothing of what is written.
+next writer into the same folder sweeps: writers hold a lock on what they stage, and what nobody
+holds is litter. Where the system cannot exchange two folders in one step, the old one waits as
+`.replaced-…` for a moment, and the next writer puts it back if the new one never came. Knows
+nothing of what is written.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from harness.errors import InputError
@@ -22,7 +25,8 @@ from harness.errors import InputError
 __all__ = ["check_place", "new_run_folder", "staged_folder", "write_bytes", "write_text"]
 
 _PREFIX = ".staging-"
-_STALE_SECONDS = 24 * 3600.0
+_ASIDE = ".replaced-"
+_YOUNG_SECONDS = 1.0  # just made, perhaps not locked yet
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -39,70 +43,117 @@ def write_bytes(path: Path, data: bytes) -> None:
         InputError: the place cannot be written (read-only, full, a folder is in the way).
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.parent / f"{_PREFIX}{secrets.token_hex(6)}"
+        staged, held = _fresh_beside(path, folder=False)
         try:
-            with staged.open("xb") as file:
+            with os.fdopen(held, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            staged.replace(path)
+                staged.replace(path)
         finally:
             staged.unlink(missing_ok=True)
+        _sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def staged_folder(
+    target: Path, *, replace: bool = False, inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
     """A fresh folder beside *target* that takes its place when the block ends without an error.
 
     An existing non-empty *target* is refused unless *replace*; then it is exchanged in one step
     where the system can (Linux `renameat2`), and removed after.
 
     Raises:
-        InputError: *target* is a file, or a non-empty folder without *replace*, or its place
-            cannot be written.
+        InputError: *target* is a file or a link, or a non-empty folder without *replace*, or it
+            lies in one of the *inputs* or holds one, or its place cannot be written.
     """
-    staged = _fresh_beside(target, replace=replace)
-    lock = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
+    _refuse(target, replace, inputs)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tells sweepers that the writer lives
-        yield staged
-        for file in staged.rglob("*"):
-            _sync(file)
-        _sync(staged)
-        _take_place(staged, target)
-        _sync(target.parent)
+        staged, held = _fresh_beside(target, folder=True)
+        try:
+            yield staged
+            for file in staged.rglob("*"):
+                _sync(file)
+            _sync(staged)
+            _take_place(staged, target)
+            _sync(target.parent)
+        finally:
+            os.close(held)
+            shutil.rmtree(staged, ignore_errors=True)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def check_place(target: Path, *, replace: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work, a *target* that `staged_folder` could not write; same errors."""
+    _refuse(target, replace, inputs)
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        staged, held = _fresh_beside(target, folder=True)
+        os.close(held)
+        staged.rmdir()
     except OSError as error:
         raise _unwritable(target, error) from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        os.close(lock)
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
 
 
-def check_place(target: Path, *, replace: bool = False) -> None:
-    """Refuse, before any work, a *target* that `staged_folder` could not write; same errors."""
-    made = [folder for folder in target.parents if not folder.exists()]
-    _fresh_beside(target, replace=replace).rmdir()
-    for folder in made:
-        with contextlib.suppress(OSError):  # somebody else has put something into it
-            folder.rmdir()
-
-
-def _fresh_beside(target: Path, *, replace: bool) -> Path:
+def _refuse(target: Path, replace: bool, inputs: Iterable[Path]) -> None:
+    """Refuse what would destroy an input or somebody's files."""
+    place = target.resolve()
+    for source in inputs:
+        origin = source.resolve()
+        if place == origin or origin in place.parents:
+            raise InputError(
+                f"lies inside an input ({source})", where=target, remedy="choose another folder"
+            )
+        if place in origin.parents:
+            raise InputError(
+                f"holds an input ({source})", where=target, remedy="choose another folder"
+            )
+    if target.is_symlink():
+        raise InputError("is a link", where=target, remedy="name a new folder")
     if target.exists() and not target.is_dir():
         raise InputError("is a file", where=target, remedy="name a folder")
-    if not replace and target.is_dir() and any(target.iterdir()):
-        raise InputError("is not empty", where=target, remedy="name a new folder")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        staged = target.parent / f"{_PREFIX}{secrets.token_hex(6)}"
-        staged.mkdir()
+        full = not replace and target.is_dir() and any(target.iterdir())
     except OSError as error:
         raise _unwritable(target, error) from error
-    return staged
+    if full:
+        raise InputError("is not empty", where=target, remedy="name a new folder")
+
+
+def _fresh_beside(target: Path, *, folder: bool) -> tuple[Path, int]:
+    """A fresh staged entry beside *target*, and a descriptor that holds the lock on it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target.parent)
+    while True:
+        staged = target.parent / f"{_PREFIX}{secrets.token_hex(6)}"
+        if folder:
+            staged.mkdir()
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            held = os.open(staged, flags, 0o666)
+        except OSError as error:
+            if folder and isinstance(error, FileNotFoundError):
+                continue  # swept before it could be locked: this process stood still for long
+            if folder:
+                staged.rmdir()
+            raise
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)  # tells sweepers that the writer lives
+            if staged.exists():
+                return staged, held
+        except OSError:
+            os.close(held)
+            shutil.rmtree(staged, ignore_errors=True) if folder else staged.unlink()
+            raise
+        os.close(held)
 
 
 def new_run_folder(root: Path, moment: float | None = None) -> Path:
@@ -114,12 +165,20 @@ def new_run_folder(root: Path, moment: float | None = None) -> Path:
 def _take_place(staged: Path, target: Path) -> None:
     if not target.exists():
         staged.rename(target)
-        return
-    if not _exchange(staged, target):
-        aside = target.parent / f"{_PREFIX}{secrets.token_hex(6)}"
-        target.rename(aside)
-        staged.rename(target)
-        aside.rename(staged)  # removed with the staging folder
+    elif not _exchange(staged, target):
+        aside = target.parent / f"{_ASIDE}{target.name}"
+        held = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)  # tells sweepers that the new one is coming
+            target.rename(aside)
+            try:
+                staged.rename(target)
+            except OSError:
+                aside.rename(target)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            os.close(held)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -139,20 +198,38 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed writers left in *parent*: unlocked folders, and files a day old."""
+    """Put right what killed writers left in *parent*: staged entries that nobody holds are
+    removed, a folder that was put aside and never replaced is put back."""
     for entry in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if not entry.is_dir():
-                if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-                    entry.unlink()
+        with contextlib.suppress(OSError), _unheld(entry) as age:
+            if age < _YOUNG_SECONDS:
                 continue
-            lock = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - entry.stat().st_mtime > 1:  # just made, not yet locked
-                    shutil.rmtree(entry, ignore_errors=True)
-            finally:
-                os.close(lock)
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+    for aside in parent.glob(f"{_ASIDE}*"):
+        target = parent / aside.name.removeprefix(_ASIDE)
+        with contextlib.suppress(OSError), _unheld(aside):
+            if target.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(target)
+
+
+@contextlib.contextmanager
+def _unheld(entry: Path) -> Iterator[float]:
+    """Hold *entry*, for a look at it; yields its age in seconds.
+
+    Raises:
+        OSError: its writer holds it, or it is gone.
+    """
+    held = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield time.time() - os.fstat(held).st_mtime
+    finally:
+        os.close(held)
 
 
 def _sync(path: Path) -> None:

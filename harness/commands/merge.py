@@ -121,7 +121,7 @@ def print_report(report: MergeReport, *, limit: float | None, as_json: bool) -> 
         checks = checks_of(report, limit)
         verdict = "failed" if any(c["verdict"] == "failed" for c in checks) else "held"
         value = {"verdict": verdict, "checks": checks, **report.as_json()}
-        json.dump(value, sys.stdout, ensure_ascii=False, indent=2, allow_nan=False)
+        json.dump(value, sys.stdout, ensure_ascii=True, indent=2, allow_nan=False)
         print()
         return
     from harness.terminal import console, shown

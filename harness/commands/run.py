@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.errors import InputError
+from harness.interrupts import exit_code
 from harness.options import (
     APPLICATION_OPTION,
     PROMPT_OPTIONS,
     add_option,
     add_options,
     add_stack_arguments,
-    chosen_preset,
 )
 from harness.options import stack_options as stack_options_of
 from harness.terminal import console, errors
 
 if TYPE_CHECKING:
-    from harness.completion import Completion
-    from harness.preset import Preset
+    from rich.console import Console
+
     from harness.report.run import RunReport
-    from harness.stack import AdapterStack
+    from harness.running import Collected, Request
 
 SUMMARY = "generate with every mode, show them side by side, judge stopping and effect"
+
+_NOTHING_RAN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,92 +40,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(
         parser, "--json", action="store_true", help="one JSON object on standard output, no words"
     )
+    add_option(
+        parser,
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        help="end a mode that takes longer, and go on with the others; implies --isolate",
+    )
+    add_option(
+        parser,
+        "--isolate",
+        action="store_true",
+        help="run in a child process: a mode that kills it is reported, and the others still run",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from harness.preflight import check_stack_files
     from harness.report.run import as_json, write_run
     from harness.report.terminal import print_banner, print_report
-    from harness.resolve import stack_from_options
+    from harness.running import Collected, Request
     from harness.staging import check_place, new_run_folder
 
-    options = stack_options_of(arguments)
-    stack = stack_from_options(options)
+    if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
+        raise InputError(
+            f"{arguments.timeout} is no time", where="--timeout", remedy="write seconds, e.g. 600"
+        )
+    request = Request.of(arguments)
     # Before torch is imported: what is broken is said in a second.
-    check_stack_files(stack, trust_remote_code=options.trust_remote_code)
-    preset = chosen_preset(arguments, stack)
+    check_stack_files(request.stack, trust_remote_code=request.trust_remote_code)
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
-    check_place(folder)
+    inputs = [request.stack.base.path, *(adapter.path for adapter in request.stack.adapters)]
+    check_place(folder, inputs=inputs)
     out = errors() if arguments.json else console()
-    print_banner(out, stack, preset, embedded=not options.named)
-    report = _generate(arguments, stack, preset, out)
-    if report.completions:
+    print_banner(out, request.stack, request.preset, embedded=not stack_options_of(arguments).named)
+    collected, code = Collected(), None
+    try:
+        _generate(arguments, request, collected, out)
+    except KeyboardInterrupt as error:
+        code = exit_code(error)
+        collected.notes.append(f"interrupted: {collected.ran} of {request.planned} ran")
+    report = _report(request, collected, complete=code is None)
+    if report.completions or not report.complete:
         write_run(report, folder)
     if arguments.json:
-        json.dump(as_json(report), sys.stdout, ensure_ascii=False, indent=2)
+        json.dump(as_json(report), sys.stdout, ensure_ascii=True, indent=2)
         print()
     else:
         print_report(out, report, folder)
-    if not report.complete:
-        return 130
+    if code is not None:
+        return code
+    if not report.completions and not report.verdicts:
+        return _NOTHING_RAN
     return 0 if report.outcome.passed else 1
 
 
 def _generate(
-    arguments: argparse.Namespace, stack: AdapterStack, preset: Preset, out: object
-) -> RunReport:
-    from harness.completion import Application
-    from harness.engines import load_engine
-    from harness.report.run import RunReport, judge_run
+    arguments: argparse.Namespace, request: Request, collected: Collected, out: Console
+) -> None:
     from harness.report.terminal import print_loaded, progress_bar
 
-    application = Application(arguments.application)
-    completions: dict[str, tuple[Completion, ...]] = {}
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    complete, device, dtype = True, "", ""
-    notes: list[str] = []
-    try:
-        with load_engine(
-            stack,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            trust_remote_code=arguments.trust_remote_code,
-        ) as engine:
-            seconds["load"] = time.perf_counter() - start
-            device, dtype = engine.device, engine.dtype
-            if engine.template_source not in ("none", "the base's"):
-                notes.append(f"the chat template is {engine.template_source}: the base has none")
-            if not engine.eos_token_ids:
-                notes.append("the base's generation_config names no EOS: nothing can stop")
-            for prompt in preset.prompts:
-                engine.token_ids(prompt)  # a prompt that cannot be used is found before the first
-            print_loaded(out, engine, application, seconds["load"])
-            with progress_bar(errors(), [mode.name for mode in stack.modes]) as progress:
-                for mode in stack.modes:
-                    start = time.perf_counter()
-                    completions[mode.name] = engine.generate(
-                        preset.prompts,
-                        mode,
-                        preset.settings,
-                        application=application,
-                        progress=progress,
-                    )
-                    seconds[mode.name] = time.perf_counter() - start
-    except KeyboardInterrupt:
-        complete = False
-        ran = sum(len(found) for found in completions.values())
-        total = len(stack.modes) * len(preset.prompts)
-        notes.append(f"interrupted: {ran} of {total} completions ran")
+    def loaded(lines: list[str]) -> None:
+        print_loaded(out, lines)
+
+    with progress_bar(errors(), request.modes) as progress:
+        if arguments.isolate or arguments.timeout is not None:
+            from harness.running.isolated import run_apart
+
+            run_apart(
+                request, arguments, collected, timeout=arguments.timeout, loaded=loaded,
+                progress=progress,
+            )  # fmt: skip
+        else:
+            from harness.running.in_process import run_here
+
+            run_here(request, collected, loaded=loaded, progress=progress)
+
+
+def _report(request: Request, collected: Collected, *, complete: bool) -> RunReport:
+    from harness.report.run import RunReport, judge_run
+
+    whole = collected.of(request, whole=True)
     return RunReport(
-        stack=stack,
-        preset=preset,
-        device=device,
-        dtype=dtype,
-        application=application.value,
-        completions=completions,
-        verdicts=judge_run(stack, completions),
-        seconds=seconds,
-        notes=tuple(notes),
+        stack=request.stack,
+        preset=request.preset,
+        device=collected.device,
+        dtype=collected.dtype,
+        application=request.application.value,
+        completions=collected.of(request),
+        verdicts=(*judge_run(request.stack, whole), *collected.faults.values()),
+        seconds=collected.seconds,
+        notes=tuple(collected.notes),
+        planned=request.planned,
         complete=complete,
     )

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             ],
             "modes": {mode: dict(c.figures) for mode, c in certificates.items()},
         }
-        json.dump(document, sys.stdout, ensure_ascii=False, indent=2)
+        json.dump(document, sys.stdout, ensure_ascii=True, indent=2)
         print()
     else:
         _print(stack, certificates, outcome.value)

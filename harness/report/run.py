@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from harness.adapter_files import adapter_digest
-from harness.completion import Completion
+from harness.completion import Completion, Prompt
 from harness.markdown import code_block, inline, table
 from harness.preset import Preset
 from harness.stack import AdapterStack
 from harness.staging import staged_folder
+from harness.stopping.judging import judge_stopping
 from harness.textdiff import word_diff_line
-from harness.verdict import Outcome, Verdict, judge_effect, judge_stopping, overall
+from harness.verdict import Outcome, Verdict, judge_effect, overall
 
 __all__ = [
     "RunReport",
     "as_json",
     "as_markdown",
+    "completions_of",
     "judge_run",
     "mode_rows",
     "stack_as_json",
@@ -42,8 +44,10 @@ class RunReport:
     """One run: what was run, on what, what came out, and what is judged.
 
     Attributes:
-        completions: by mode, in the order of the preset's prompts; shorter if interrupted.
+        completions: by mode, in the order of the preset's prompts; those that did not come to be
+            (an interrupt, a mode that failed) are left out.
         seconds: wall time by what was done (`load`, and each mode).
+        planned: how many completions a whole run has; None for as many as there are.
         complete: False when the run was interrupted.
     """
 
@@ -56,20 +60,34 @@ class RunReport:
     verdicts: tuple[Verdict, ...]
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
+    planned: int | None = None
     complete: bool = True
+
+    @property
+    def ran(self) -> str:
+        """`37 of 120 ran`."""
+        ran = sum(len(found) for found in self.completions.values())
+        return f"{ran} of {ran if self.planned is None else self.planned} ran"
 
     @property
     def outcome(self) -> Outcome:
         """The worst verdict; `undecided` when the run did not get to its end."""
-        return overall(self.verdicts) if self.complete else Outcome.UNDECIDED
+        if not self.complete:
+            return Outcome.UNDECIDED
+        made = [verdict for verdict in self.verdicts if verdict.outcome is not Outcome.SKIPPED]
+        return overall(made or self.verdicts)
 
 
 def judge_run(
     stack: AdapterStack, completions: Mapping[str, Sequence[Completion]]
 ) -> tuple[Verdict, ...]:
-    """What a run can tell by its outputs: declared stopping, and that adapters have an effect."""
+    """What a run can tell by its outputs: declared stopping, and that adapters have an effect.
+
+    A run can refute a declaration by one completion. Where its prompts are too few to prove a
+    rate, that is skipped and said, not held: `lora-stack stopping` judges it.
+    """
     verdicts = [
-        judge_stopping(mode, stack.stops[mode], found)
+        judge_stopping(mode, stack.stops[mode], found, too_few=Outcome.SKIPPED)
         for mode, found in completions.items()
         if mode in stack.stops
     ]
@@ -81,6 +99,16 @@ def judge_run(
                 judge_effect(f"effect: {first} ≠ {mode}", completions[first], completions[mode])
             )
     return tuple(verdicts)
+
+
+def completions_of(report: RunReport, prompt: Prompt) -> tuple[Completion, ...]:
+    """What each mode said to *prompt*, in the order of the modes; not all of them need have."""
+    return tuple(
+        completion
+        for found in report.completions.values()
+        for completion in found
+        if completion.prompt.id == prompt.id
+    )
 
 
 def mode_rows(report: RunReport) -> list[dict[str, Any]]:
@@ -146,6 +174,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "verdict": report.outcome.value,
         "checks": [verdict.as_json() for verdict in report.verdicts],
         "complete": report.complete,
+        "ran": report.ran,
         "stack": stack_as_json(report.stack),
         "preset": {
             "name": report.preset.name,
@@ -189,6 +218,7 @@ def as_markdown(report: RunReport) -> str:
         f"- preset {inline(report.preset.name)}: {len(report.preset.prompts)} prompts, "
         f"at most {report.preset.settings.max_new_tokens} new tokens",
         f"- {report.device}, {report.dtype}, {report.application}",
+        f"- {report.ran}" + ("" if report.complete else ": the run was interrupted"),
         *(f"- {inline(note)}" for note in report.notes),
         "",
         "## Verdicts",
@@ -207,16 +237,13 @@ def as_markdown(report: RunReport) -> str:
               f"{r['mean_tokens']:.1f}", f"{r['seconds']:.2f}"] for r in mode_rows(report)],
         ),
     ]  # fmt: skip
-    for place, prompt in enumerate(report.preset.prompts):
+    for prompt in report.preset.prompts:
         lines += ["", f"## {prompt.id}", "", code_block(prompt.shown)]
         before: Completion | None = None
-        for mode, found in report.completions.items():
-            if place >= len(found):
-                continue
-            completion = found[place]
+        for completion in completions_of(report, prompt):
             lines += [
                 "",
-                f"**{inline(mode)}** · {completion.stop_reason.value} · "
+                f"**{inline(completion.mode)}** · {completion.stop_reason.value} · "
                 f"{len(completion.token_ids)} tokens",
                 "",
                 code_block(completion.text),
@@ -233,7 +260,9 @@ def write_run(report: RunReport, folder: Path) -> Path:
     """Write `report.json` and `report.md` as a new *folder*, whole or not at all."""
     with staged_folder(folder) as staged:
         (staged / "report.json").write_text(
-            json.dumps(as_json(report), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+            json.dumps(as_json(report), ensure_ascii=False, indent=2) + "\n",
+            encoding="utf-8",
+            errors="backslashreplace",  # a lone surrogate: \ud800 is JSON's own escape for it
         )
         (staged / "report.md").write_text(as_markdown(report), encoding="utf-8")
     return folder

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from harness.report.run import RunReport, mode_rows
+from harness.report.run import RunReport, completions_of, mode_rows
 from harness.terminal import shown
 from harness.textdiff import Change, word_diff
 
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from harness.stack import AdapterStack
     from harness.verdict import Outcome
 
-__all__ = ["outcome_style", "print_banner", "print_loaded", "print_report", "progress_bar"]
+__all__ = [
+    "outcome_style",
+    "print_banner",
+    "loaded_lines",
+    "print_loaded",
+    "print_report",
+    "progress_bar",
+]
 
 
 def outcome_style(outcome: Outcome) -> str:
@@ -62,23 +69,26 @@ def print_banner(out: Console, stack: AdapterStack, preset: Preset, *, embedded:
     out.print(Panel(grid, title=Text(f"lora-stack · {shown(stack.name)}"), box=box.ROUNDED))
 
 
-def print_loaded(out: Any, engine: Any, application: Application, seconds: float) -> None:
-    """A ✓ line for the base and for each adapter, as read back from the live model."""
-    place = f"{engine.device}, {engine.dtype}"
-    out.print(Text(f"✓ base loaded once in {seconds:.1f} s ({place})", style="green"))
+def loaded_lines(engine: Any, application: Application, seconds: float) -> list[str]:
+    """A ✓ line for the base, each adapter and each mode, as read back from the live model."""
+    lines = [f"✓ base loaded once in {seconds:.1f} s ({engine.device}, {engine.dtype})"]
     for adapter in engine.stack.adapters:
         files = engine.files[adapter.name]
-        out.print(
-            Text(
-                f"✓ {adapter.name}: {len(files.pairs)} modules, {files.parameters:,} parameters, "
-                f"every factor equal to its file",
-                style="green",
-            )
+        lines.append(
+            f"✓ {adapter.name}: {len(files.pairs)} modules, {files.parameters:,} parameters, "
+            "every factor equal to its file"
         )
     for mode in engine.stack.modes if application == "live" else ():
         with engine.mode(mode):
             names = " + ".join(mode.adapters) or "no adapter"
-        out.print(Text(f"✓ {mode.name}: {names} active in every layer, read back", style="green"))
+        lines.append(f"✓ {mode.name}: {names} active in every layer, read back")
+    return lines
+
+
+def print_loaded(out: Console, lines: Sequence[str]) -> None:
+    """What `loaded_lines` gives, in green."""
+    for line in lines:
+        out.print(Text(shown(line), style="green"))
 
 
 @contextlib.contextmanager
@@ -100,11 +110,12 @@ def progress_bar(
 
 def print_report(out: Console, report: RunReport, folder: Path) -> None:
     """Each prompt with every mode's words, then the verdicts and the summary."""
-    for place, prompt in enumerate(report.preset.prompts):
-        if any(place < len(found) for found in report.completions.values()):
+    for prompt in report.preset.prompts:
+        rows = completions_of(report, prompt)
+        if rows:
             out.print()
             out.print(Text.assemble((prompt.id, "bold"), "  ", shown(prompt.shown)))
-            out.print(_side_by_side(report, place))
+            out.print(_side_by_side(rows))
     out.print()
     out.print(_summary(report))
     for verdict in report.verdicts:
@@ -117,23 +128,20 @@ def print_report(out: Console, report: RunReport, folder: Path) -> None:
     for note in report.notes:
         out.print(Text(f"note: {shown(note)}", style="yellow"))
     out.print(Text.assemble("verdict: ", (report.outcome.value, outcome_style(report.outcome))))
-    if report.completions:
+    if report.completions or not report.complete:
         out.print(Text(f"report:  {folder / 'report.md'}  {folder / 'report.json'}"))
 
 
-def _side_by_side(report: RunReport, place: int) -> Table:
+def _side_by_side(rows: Sequence[Completion]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
     table.add_column("mode", style="bold", no_wrap=True)
     table.add_column("completion", overflow="fold", ratio=1)
     table.add_column("stop", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
     before: Completion | None = None
-    for mode, found in report.completions.items():
-        if place >= len(found):
-            continue
-        completion = found[place]
+    for completion in rows:
         table.add_row(
-            mode,
+            completion.mode,
             _highlighted(before.text if before else None, completion.text),
             Text(completion.stop_reason.value, style="green" if completion.stopped else "yellow"),
             str(len(completion.token_ids)),

@@ -112,3 +112,71 @@ def test_scale_is_alpha_over_r_and_over_root_r_for_rslora():
 
     assert lora_scale(alpha=16, rank=4, rslora=False) == 4
     assert lora_scale(alpha=16, rank=4, rslora=True) == 8
+
+
+def simple_pair(**values):
+    import torch
+
+    from harness.lora import LoraPair
+
+    given = {
+        "module": "m", "a": torch.full((1, 2), 0.1), "b": torch.full((3, 1), 0.3), "scale": 0.7,
+    }  # fmt: skip
+    return LoraPair(**(given | values))
+
+
+def test_float64_is_the_default_and_another_dtype_is_kept_throughout():
+    import torch
+
+    from harness.lora import add_deltas, apply_linear
+
+    pair = simple_pair()
+    assert pair.delta().dtype == torch.float64
+    assert pair.delta(torch.float32).dtype == torch.float32
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16)
+    for terms in ([], [(1.0, pair)], [(1.0, pair)] * 2, [(1.0, pair)] * 3):
+        assert add_deltas(weight, terms).dtype == torch.float64
+        assert add_deltas(weight, terms, accumulate=torch.float32).dtype == torch.float32
+        once = (pair.b.float() @ pair.a.float()) * pair.scale
+        expected = torch.stack([once] * len(terms)).sum(0) if terms else weight.float()
+        assert torch.equal(add_deltas(weight, terms, accumulate=torch.float32), expected)
+    bias = torch.full((3,), 0.1, dtype=torch.bfloat16)
+    found = apply_linear(torch.zeros(1, 2), weight, [], bias)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, bias.double().unsqueeze(0))
+    assert torch.equal(apply_linear(torch.zeros(1, 2), weight, []), torch.zeros(1, 3).double())
+
+
+def test_only_pairs_of_one_module_and_layout_are_concatenated():
+    import pytest
+    import torch
+
+    from harness.lora import flatten_pairs
+
+    pair = simple_pair()
+    for other in (simple_pair(module="n"), simple_pair(transposed=True)):
+        with pytest.raises(ValueError, match=r"^only pairs of one module can be concatenated$"):
+            flatten_pairs([(1.0, pair), (1.0, other)])
+    flat = flatten_pairs([(2.0, simple_pair(transposed=True))])
+    assert (flat.module, flat.transposed, flat.scale, flat.rank) == ("m", True, 1.0, 1)
+    assert torch.equal(flat.a, pair.a * 1.4)
+
+
+def test_a_flattened_pair_is_float32_at_least_and_float64_if_one_is():
+    import torch
+
+    from harness.lora import flatten_pairs
+
+    def of(dtype):
+        pair = simple_pair()
+        return simple_pair(a=pair.a.to(dtype), b=pair.b.to(dtype))
+
+    for dtypes, expected in (
+        ([torch.bfloat16, torch.float16], torch.float32),
+        ([torch.float16, torch.float64], torch.float64),
+        ([torch.float64, torch.bfloat16], torch.float64),
+        ([torch.bfloat16], torch.float32),
+        ([torch.float16, torch.float16], torch.float32),
+    ):
+        flat = flatten_pairs([(1.0, of(dtype)) for dtype in dtypes])
+        assert (flat.a.dtype, flat.b.dtype) == (expected, expected)

@@ -104,3 +104,189 @@ def test_place_is_checked_before_work_and_left_as_it_was(tmp_path):
     for bad in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(InputError):
             check_place(bad)
+
+
+def aged(path, seconds=60):
+    old = time.time() - seconds
+    os.utime(path, (old, old), follow_symlinks=False)
+    return path
+
+
+def test_litter_is_swept_by_the_next_writer_and_what_is_held_is_not(tmp_path):
+    import fcntl
+
+    (tmp_path / ".staging-dead").mkdir()
+    (tmp_path / ".staging-dead" / "half").write_text("")
+    (tmp_path / ".staging-file").write_text("half")
+    (tmp_path / ".staging-alive").mkdir()
+    (tmp_path / ".staging-link").symlink_to("nowhere")
+    for entry in tmp_path.iterdir():
+        aged(entry)
+    (tmp_path / ".staging-young").mkdir()
+    held = os.open(tmp_path / ".staging-alive", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    write_text(tmp_path / "f", "x")
+    os.close(held)
+    assert sorted(os.listdir(tmp_path)) == [
+        ".staging-alive",
+        ".staging-link",
+        ".staging-young",
+        "f",
+    ]
+
+
+def test_what_was_put_aside_and_never_replaced_comes_back(tmp_path):
+    for name in ("out", "other"):
+        (tmp_path / f".replaced-{name}").mkdir()
+        (tmp_path / f".replaced-{name}" / "old").write_text("old")
+    (tmp_path / "other").mkdir()
+    write_text(tmp_path / "f", "x")
+    assert sorted(os.listdir(tmp_path)) == ["f", "other", "out"]
+    assert (tmp_path / "out" / "old").read_text() == "old"
+    assert os.listdir(tmp_path / "other") == []
+
+
+def test_without_an_exchange_a_failed_second_step_puts_the_old_back(tmp_path, monkeypatch):
+    import errno
+
+    from harness import staging
+
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    real = os.rename
+
+    def rename(source, target, **named):
+        if ".staging-" in str(source):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target, **named)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with (
+        pytest.raises(InputError, match="Input/output error"),
+        staged_folder(tmp_path / "out", replace=True) as staged,
+    ):
+        (staged / "new").write_text("new")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["old"]
+
+
+def test_where_the_system_knows_no_exchange_two_renames_do(tmp_path, monkeypatch):
+    import ctypes
+    import errno
+
+    from harness import staging
+
+    class Libc:
+        def __init__(self, code):
+            if code is not None:
+                self.renameat2 = lambda *_: ctypes.set_errno(code) or -1
+
+    for code in (None, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, code=code, **__: Libc(code))
+        assert staging._exchange(tmp_path, tmp_path) is False
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc(errno.EPERM))
+    with pytest.raises(PermissionError):
+        staging._exchange(tmp_path, tmp_path)
+
+
+def test_an_output_in_an_input_or_around_one_or_a_link_is_refused(tmp_path):
+    from harness.staging import check_place
+
+    source = tmp_path / "inputs" / "adapter"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for bad, words in [
+        (source, "lies inside an input"),
+        (source / "deep" / "out", "lies inside an input"),
+        (tmp_path / "link" / "out", "lies inside an input"),
+        (tmp_path / "inputs", "holds an input"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            check_place(bad, inputs=[source], replace=True)
+        with pytest.raises(InputError, match=words), staged_folder(bad, inputs=[source]):
+            pytest.fail("the block ran")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for link in ("link", "dangling"):
+        with pytest.raises(InputError, match="is a link"):
+            check_place(tmp_path / link, replace=True)
+    assert list(source.iterdir()) == []
+
+
+def failing(monkeypatch, name, *, times=1, error=None):
+    """`os.<name>` (or `fcntl.flock`) fails so many times, then works again."""
+    import errno
+    import fcntl
+
+    home = fcntl if name == "flock" else os
+    real, left = getattr(home, name), [times]
+    raised = error or OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def call(*arguments, **named):
+        place = str(arguments[0])
+        ours = name == "flock" or ".staging-" in place or name == "listdir"
+        if ours and left[0]:
+            left[0] -= 1
+            raise raised
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(home, name, call)
+
+
+@pytest.mark.parametrize("name", ["open", "flock", "mkdir"])
+def test_a_fault_before_the_first_byte_is_told_and_leaves_nothing(tmp_path, monkeypatch, name):
+    from harness.staging import check_place
+
+    if name != "mkdir":
+        failing(monkeypatch, name)
+        with pytest.raises(InputError, match="Input/output error"):
+            write_bytes(tmp_path / "f", b"x")
+        monkeypatch.undo()
+    for write in (check_place, lambda place: staged_folder(place).__enter__()):
+        failing(monkeypatch, name)
+        with pytest.raises(InputError, match="Input/output error"):
+            write(tmp_path / "out")
+        monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_was_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    failing(monkeypatch, "open", error=FileNotFoundError(2, "No such file"))
+    with staged_folder(tmp_path / "out") as staged:
+        (staged / "x").write_text("1")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path / "out") == ["x"]
+
+
+def test_a_file_that_was_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    import fcntl
+
+    real, swept = fcntl.flock, []
+
+    def flock(held, how):
+        if not swept:
+            (litter,) = tmp_path.glob(".staging-*")
+            litter.unlink()
+            swept.append(litter)
+        real(held, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_text(tmp_path / "f", "x")
+    assert os.listdir(tmp_path) == ["f"]
+    assert len(swept) == 1
+
+
+def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from harness.staging import check_place
+
+    (tmp_path / "out").mkdir()
+
+    def closed(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(InputError, match="Permission denied"):
+        check_place(tmp_path / "out")

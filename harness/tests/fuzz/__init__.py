@@ -1,0 +1,1 @@
+"""Readers of foreign bytes, held against the reference readers: fuzzed, and replayed."""

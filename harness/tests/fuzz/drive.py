@@ -1,0 +1,58 @@
+"""Coverage-guided fuzzing of the readers.
+
+    python -m harness.tests.fuzz.drive header|json [libFuzzer options] [a folder for new inputs]
+
+Needs atheris (`pip install lora-stack-harness[fuzz]`). What crashes is written to the working
+folder; put into `corpus/header/` or `corpus/json/` it is replayed in the fast tests.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+CORPUS = Path(__file__).parent / "corpus"
+_WORDS = {
+    "json": [
+        "{", "}", "[", "]", ":", ",", '"', "NaN", "Infinity", "-0", "1e999", "true", "false",
+        "null", "\\\\u", "\\\\ud800", "\\xef\\xbb\\xbf",
+    ],
+    "header": [
+        '"dtype":"F32"', '"dtype":"BF16"', '"shape":[2,2]', '"shape":[]', '"data_offsets":[0,16]',
+        '"__metadata__"', "\\x0a\\x0a", "[0,0]", "[1,", '"a":{', "}}", "18446744073709551615",
+    ],
+}  # fmt: skip
+
+
+def main() -> None:
+    target, *arguments = sys.argv[1:]
+    import atheris
+
+    # The reference is imported first: only the harness' own readers guide the fuzzer.
+    import safetensors  # noqa: F401
+
+    with atheris.instrument_imports(include=["harness"]):
+        import harness.strict_json
+        import harness.tensor_files  # noqa: F401
+        from harness.tests.fuzz.readers import TARGETS
+
+    check = TARGETS[target]
+    with tempfile.TemporaryDirectory() as room:
+        scratch = Path(room)
+        words = scratch / "words.dict"
+        words.write_text(
+            "".join('"' + word.replace('"', "\\x22") + '"\n' for word in _WORDS[target])
+        )
+
+        def once(data: bytes) -> None:
+            check(data, scratch)
+
+        atheris.Setup(
+            [sys.argv[0], f"-dict={words}", "-max_len=2048", *arguments, str(CORPUS / target)], once
+        )
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
