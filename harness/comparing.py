@@ -238,7 +238,8 @@ def _difference_lines(
         if side.evidence is not None and first < len(side.evidence):
             yield f"{when}: {_chances(side.evidence, first, pair, piece)}"
     if floor is not None:
-        yield f"the noise floor is {floor}"
+        most = tolerances(floor, tokens=1, gaps=1).tie
+        yield f"a tie is within {most:.2g} nats; the noise floor is {floor}"
     yield (
         f"stop reason: {accepted.stop_reason} after {len(accepted.token_ids)} tokens accepted, "
         f"{fresh.stop_reason} after {len(fresh.token_ids)} now"

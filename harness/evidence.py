@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "GAP_STEP",
+    "RIVAL",
     "TOP",
     "TOP_STEP",
     "Evidence",
@@ -33,6 +34,8 @@ TOP = 5
 TOP_STEP = 1 / 1024
 #: Nats. Stored distances of the other tokens to the most probable one are multiples.
 GAP_STEP = 1 / 64
+#: Nats. A token within this distance of the produced one could come first after small movements.
+RIVAL = 2.0
 
 _FARTHEST = 1 << 14  # steps: 256 nats; what lies farther is stored as this far
 _DEEPEST = 1 << 18  # steps of TOP_STEP: 256 nats
@@ -97,11 +100,13 @@ class Shifts:
         gaps: `(m,)`, of the other top tokens' distances to the produced one, i.e. of differences
             of logits; for one that left the top, the least that it must have moved.
         gap_places: `(m,)`, at which token each was.
+        gap_sizes: `(m,)`, how far from the produced token each was before.
     """
 
     chosen: Floats
     gaps: Floats
     gap_places: Integers
+    gap_sizes: Floats
 
     @property
     def chosen_rms(self) -> float:
@@ -116,6 +121,12 @@ class Shifts:
         """The largest movement of all."""
         both = np.concatenate([np.abs(self.chosen), np.abs(self.gaps)])
         return float(both.max()) if len(both) else 0.0
+
+    @property
+    def close(self) -> float:
+        """The largest movement against the produced token of one that was a rival of it."""
+        rivals = np.abs(self.gaps[np.abs(self.gap_sizes) < RIVAL])
+        return float(rivals.max()) if len(rivals) else 0.0
 
     @property
     def worst_place(self) -> int:
@@ -141,7 +152,12 @@ def shifts(then: Evidence, now: Evidence, token_ids: Sequence[int]) -> Shifts:
     lowest = now.top_logprobs[:, -1:] - now.logprobs[:, None]
     moved = np.where(same.any(axis=2), after - before, np.minimum(lowest - before, 0.0))
     rows, columns = np.nonzero(then.top_ids != ids[:, None])  # its distance to itself says nothing
-    return Shifts(chosen=now.logprobs - then.logprobs, gaps=moved[rows, columns], gap_places=rows)
+    return Shifts(
+        chosen=now.logprobs - then.logprobs,
+        gaps=moved[rows, columns],
+        gap_places=rows,
+        gap_sizes=before[rows, columns],
+    )
 
 
 def stored(evidence: Evidence, token_ids: Sequence[int]) -> Evidence:

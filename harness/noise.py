@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NoiseFloor", "Tolerances", "measure_floor", "noise_floor", "tolerances"]
 
-_METHOD = 1  # of measuring; remembered floors of another are measured again
+_METHOD = 2  # of measuring; remembered floors of another are measured again
 _CASES = 4
 _TOKENS = 24
 #: How many times the largest movement measured between equal runs is still taken for rounding.
@@ -49,6 +49,7 @@ class NoiseFloor:
         chosen: the largest root mean square, over a completion, of the produced tokens' movements.
         gaps: the same of the other top tokens' distances to the produced one.
         worst: the largest single movement.
+        close: the largest movement of a produced token against a rival (`harness.evidence.RIVAL`).
         tokens: how many tokens were scored, each in several ways.
         ways: what was compared.
     """
@@ -58,6 +59,7 @@ class NoiseFloor:
     chosen: float
     gaps: float
     worst: float
+    close: float
     tokens: int
     ways: tuple[str, ...]
 
@@ -92,7 +94,7 @@ def tolerances(floor: NoiseFloor, *, tokens: int, gaps: int) -> Tolerances:
         chosen=math.hypot(SAFETY * floor.chosen, _rounding(TOP_STEP, tokens)),
         gaps=math.hypot(SAFETY * floor.gaps, _rounding(GAP_STEP + TOP_STEP, gaps)),
         worst=SAFETY * floor.worst + GAP_STEP / 2 + TOP_STEP,
-        tie=SAFETY * floor.worst,
+        tie=SAFETY * floor.close,
     )
 
 
@@ -156,7 +158,7 @@ def _recall(memory: Any) -> NoiseFloor | None:
     try:
         held = json.loads(memory.read_text(encoding="utf-8"))
         floor = NoiseFloor(**{**held, "ways": tuple(held["ways"])})
-        figures = (floor.chosen, floor.gaps, floor.worst)
+        figures = (floor.chosen, floor.gaps, floor.worst, floor.close)
         sound = all(isinstance(f, float) and math.isfinite(f) and f >= 0 for f in figures)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
@@ -203,6 +205,7 @@ def measure_floor(
         chosen=max((s.chosen_rms for s in found), default=0.0),
         gaps=max((s.gap_rms for s in found), default=0.0),
         worst=max((s.worst for s in found), default=0.0),
+        close=max((s.close for s in found), default=0.0),
         tokens=sum(len(row.produced) for row in rows),
         ways=tuple(ways),
     )

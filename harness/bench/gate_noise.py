@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 _DEFAULT = ["--base-model", "random:fixtures/latency/config.json", "--device", "cpu",
-            "--input-tokens", "32", "--output-tokens", "8", "--batch-sizes", "1"]  # fmt: skip
+            "--input-tokens", "8", "--output-tokens", "3", "--batch-sizes", "1",
+            "--repeats", "9"]  # fmt: skip
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Checking snapshots by replay against generating anew, and against one process a mode.
 
-    python -m harness.bench.replay_speed [--runs 3] [--prompts 16] [--new-tokens 128]
-        [--dtype bfloat16] [--one-by-one 1] [--peaked]
+    python -m harness.bench.replay_speed [--runs 3] [--prompts 4] [--new-tokens 128]
+        [--dtype bfloat16] [--one-by-one 1]
 
 Builds a random Qwen3 in the shape of SmolLM2-135M (30 layers of 576, a vocabulary of 49,152) with
 two all-linear adapters of rank 16, and accepts what each mode says. Then, in turn and in one
@@ -91,7 +91,7 @@ def _line(name: str, times: list[float], against: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--one-by-one", type=int, default=1, help="runs of the processes a mode")
@@ -110,7 +110,7 @@ def _measure(folder: Path, arguments: Any) -> None:
 
     base, adapters = build(folder)
     prompts = [
-        Prompt(id=f"p{n}", text=f"{'The river bends. ' * (1 + n % 2)}Tell me about {n}.")
+        Prompt(id=f"p{n}", text=f"{'Please. ' * (n % 2)}Tell me about {n}.")
         for n in range(arguments.prompts)
     ]
     texts = folder / "prompts.json"
@@ -120,22 +120,28 @@ def _measure(folder: Path, arguments: Any) -> None:
     anew: list[float] = []
     replayed: list[float] = []
     alone: list[float] = []
+    cpu: list[float] = []
     with load_engine(stack, device="cpu", dtype=arguments.dtype) as engine:
         accepted = {mode: engine.generate(prompts, mode, settings) for mode in _MODES}
         drafts = {mode: [c.token_ids for c in found] for mode, found in accepted.items()}
         kept = generated = 0
         for number in range(arguments.runs):
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             for mode in _MODES:
                 engine.generate(prompts, mode, settings)
             anew.append(time.perf_counter() - start)
-            start = time.perf_counter()
+            start, between = time.perf_counter(), time.process_time()
             for mode in _MODES:
                 for found in complete(engine, prompts, mode, settings, drafts=drafts[mode]):
                     kept += found.kept
                     generated += found.generated
             replayed.append(time.perf_counter() - start)
-            print(f"round {number + 1}: anew {anew[-1]:.1f} s, replay {replayed[-1]:.2f} s")
+            cpu.append((between - busy) / (time.process_time() - between))
+            print(
+                f"round {number + 1}: anew {anew[-1]:.1f} s, replay {replayed[-1]:.2f} s; "
+                f"of CPU time × {cpu[-1]:.1f}",
+                flush=True,
+            )
     for number in range(arguments.one_by_one):
         alone.append(_one_by_one(base, adapters, texts, arguments.new_tokens))
         print(f"round {number + 1}: one process a mode {alone[-1]:.1f} s")
@@ -148,6 +154,7 @@ def _measure(folder: Path, arguments: Any) -> None:
     print(_line("replay", replayed, []))
     print(_line("anew, same process, same batches", anew, []))
     print(_line("  against replay", replayed, anew))
+    print(f"  {'  of CPU time':36} {'':11}   × {statistics.median(cpu):.1f}")
     if alone:
         print(_line("one process a mode, one by one", alone, []))
         print(_line("  against replay", replayed[: len(alone)], alone))

@@ -3,7 +3,8 @@
     python -m harness.bench.review_opening [--runs 9] [--cases 2000] [--changed 40]
 
 Records cases by hand in a temporary folder, of which some changed, and times whole processes of
-each command on them beside one that only starts Python, interleaved; prints the medians.
+each command on them beside one that only starts Python, interleaved; prints the
+medians of wall and processor time (on a busy machine the second is the one to trust).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -79,11 +81,13 @@ def build(root: Path, cases: int, changed: int) -> None:
         record_case(root, case if number < changed else dataclasses.replace(case, first=None))
 
 
-def _seconds(options: list[str] | None, root: Path) -> float:
+def _seconds(options: list[str] | None, root: Path) -> tuple[float, float]:
+    """Wall and processor seconds of one whole process."""
     program = ["-c", "pass"] if options is None else ["-m", "harness.cli", "review", *options]
-    started = time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *program], cwd=root, stdout=subprocess.DEVNULL, check=False)
-    return time.perf_counter() - started
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -98,13 +102,14 @@ def main() -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = compiled
         root = Path(folder)
         build(root, arguments.cases, arguments.changed)
-        found: dict[str, list[float]] = {name: [] for name in _COMMANDS}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in _COMMANDS}
         for _ in range(arguments.runs + 1):  # the first is not counted
             for name, options in _COMMANDS.items():
                 found[name].append(_seconds(options, root))
     print(f"{arguments.cases} cases, {arguments.changed} changed, {_TOKENS} tokens each")
     for name, seconds in found.items():
-        print(f"{name:<20}{statistics.median(seconds[1:]):7.3f} s")
+        wall, processor = (statistics.median(part) for part in zip(*seconds[1:], strict=True))
+        print(f"{name:<20}{wall:7.3f} s wall {processor:7.3f} s processor")
 
 
 if __name__ == "__main__":

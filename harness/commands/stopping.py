@@ -20,12 +20,16 @@ from harness.options import stack_options as stack_options_of
 from harness.terminal import console, errors, shown
 
 if TYPE_CHECKING:
+    from harness.completion import Application, Completion
+    from harness.engines.peft import PeftEngine
     from harness.preset import Preset
-    from harness.snapshot import Snapshot
     from harness.stack import AdapterStack
     from harness.stopping import StoppingReport
 
 SUMMARY = "say whether each mode stops, how sure that is, why not, and who is to blame"
+
+#: Columns that a terminal has no room for.
+_LEFT_OUT = ("stop reasons", "median", "by up to", "cut off early", "EOS margin", "mean tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_option(
         parser, "--snapshots", metavar="DIR",
-        help="figures of the accepted completions in DIR: nothing is generated",
+        help="replay the completions accepted in DIR: nothing that still holds is generated",
     )  # fmt: skip
     add_option(
         parser, "--files-only", action="store_true", help="the files alone: no model is loaded"
@@ -126,31 +130,43 @@ def _examine(arguments: argparse.Namespace, stack: AdapterStack, preset: Preset)
             **extra,
         }
         if arguments.snapshots:
-            accepted = _accepted(Path(arguments.snapshots), stack, preset)
-            return examine_stopping(accepted, engine=engine, **common)
+            said = _replayed(engine, Path(arguments.snapshots), preset, common["application"])
+            return examine_stopping(said, engine=engine, **common)
         return examine_stopping(engine, modes=stack.modes, **common)
 
 
-def _accepted(folder: Path, stack: AdapterStack, preset: Preset) -> list[Snapshot]:
-    """The preset's accepted completions in a snapshots folder, or in a test module's part of it."""
+def _replayed(
+    engine: PeftEngine, folder: Path, preset: Preset, application: Application
+) -> dict[str, tuple[Completion, ...]]:
+    """What each mode says to the preset's prompts, replayed from what was accepted in *folder* (or
+    in a test module's part of it); generated only where the stack says something else by now."""
     from harness.errors import InputError
-    from harness.snapshot import read_snapshot, snapshot_name
+    from harness.replay import complete
+    from harness.snapshot import draft_tokens, snapshot_name
 
-    found = []
-    for mode in stack.modes:
-        for prompt in preset.prompts:
-            name = f"{snapshot_name(preset.name, prompt.id, mode.name)}.toml"
-            for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
-                if path.is_file():
-                    found.append(read_snapshot(path.read_text(encoding="utf-8"), where=path))
-                    break
-    if not found:
-        raise InputError(
-            f"holds no accepted completion of the preset {preset.name}",
-            where=folder,
-            remedy="accept some with pytest --snapshot-update, or name another --preset",
-        )
-    return found
+    said: dict[str, tuple[Completion, ...]] = {}
+    for mode in engine.stack.modes:
+        names = [f"{snapshot_name(preset.name, p.id, mode.name)}.toml" for p in preset.prompts]
+        paths = [
+            next((q for q in (folder / n, *sorted(folder.glob(f"*/{n}"))) if q.is_file()), None)
+            for n in names
+        ]
+        if not any(paths):
+            raise InputError(
+                f"holds no accepted completion of the preset {preset.name} in mode {mode.name}",
+                where=folder,
+                remedy="accept some with pytest --snapshot-update, or name another --preset",
+            )
+        found = complete(
+            engine, preset.prompts, mode, preset.settings,
+            drafts=[draft_tokens(path) if path else None for path in paths],
+            application=application,
+        )  # fmt: skip
+        fresh = sum(str(one) != "replayed" for one in found)
+        if fresh:
+            errors().print(f"{mode.name}: {fresh} of {len(found)} had to be generated")
+        said[mode.name] = tuple(one.completion for one in found)
+    return said
 
 
 def _write(report: StoppingReport, folder: Path) -> None:
@@ -178,13 +194,17 @@ def _print(report: StoppingReport, folder: Path | None) -> None:
     from harness.report.terminal import outcome_style
 
     out = console()
-    for table in tables(report)[:-1]:
-        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(table["title"], style="bold"),
-                     title_justify="left")  # fmt: skip
-        for name in table["head"]:
-            grid.add_column(shown(name), overflow="fold")
+    for table in tables(report):
+        # The blame is said in a sentence below, the completions are in the report.
+        if table["title"] in ("Blame", "Completions"):
+            continue
+        kept = [n for n, name in enumerate(table["head"]) if name not in _LEFT_OUT]
+        title = Text(table["title"], style="bold")
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        for place in kept:
+            grid.add_column(shown(table["head"][place]), overflow="fold")
         for row in table["rows"]:
-            grid.add_row(*(Text(cell(value, 3)) for value in row))
+            grid.add_row(*(Text(cell(row[place], 3)) for place in kept))
         if table["rows"]:
             out.print(grid)
     for check in report.checks:

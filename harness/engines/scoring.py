@@ -57,8 +57,9 @@ def score(
 ) -> list[Evidence]:
     """Evidence of every row's produced tokens, by teacher forcing.
 
-    Rows of like length go together, as many as the token budget holds, padded on the right: causal
-    attention never looks at it.
+    Rows of like length go together, as many as the token budget holds, padded on the right, where
+    causal attention never looks: so no mask is passed, and the kernels for plain causal attention
+    serve.
 
     Args:
         batch_size: rows in one pass at most.
@@ -102,22 +103,16 @@ def _batches(
 def _score_batch(engine: PeftEngine, rows: Sequence[ScoreRow]) -> list[Evidence]:
     width = max(row.length for row in rows)
     ids = torch.full((len(rows), width), engine.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
         ids[place, : row.length] = torch.tensor((row.prompt + row.produced)[:-1])
-        mask[place, : row.length] = 1
-    device = engine.device
     places = [
         place * width + position
         for place, row in enumerate(rows)
         for position in range(len(row.prompt) - 1, row.length)
     ]
     chosen = torch.tensor([token for row in rows for token in row.produced])
-    inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
-    if int(mask.sum()) < mask.numel():
-        inputs["attention_mask"] = mask.to(device)
     with _head_at(engine.model, torch.tensor(places)):
-        logits = engine.model(**inputs).logits
+        logits = engine.model(input_ids=ids.to(engine.device), use_cache=False).logits
     flat = logits.reshape(-1, logits.shape[-1])
     if len(flat) != len(places):  # a model whose head is not the last step: all positions came
         flat = flat[torch.tensor(places, device=flat.device)]
@@ -196,15 +191,15 @@ def _evidence(logits: Tensor, chosen: Tensor) -> Evidence:
         # As `generate` does: float32, and its own arg-max, which decides between equal ones.
         block = block if block.dtype == torch.float64 else block.float()
         best = block.argmax(-1, keepdim=True)
-        values, places = block.topk(top, dim=-1)
-        values, places = _best_first(values, places, best)
-        total = block.logsumexp(-1, keepdim=True)
+        places = _best_first(block.topk(top, dim=-1).indices, best)
         tokens = chosen[start : start + _ROWS].to(block.device)[:, None]
-        own = block.gather(-1, tokens)
+        logprobs = block.log_softmax(-1)
+        # Equal logits stay equal: every figure comes from the one distribution.
+        own, values = logprobs.gather(-1, tokens), logprobs.gather(-1, places)
         parts.append(
             tuple(
                 part.double().cpu().numpy() if part.is_floating_point() else part.cpu().numpy()
-                for part in ((own - total)[:, 0], places, values - total)
+                for part in (own[:, 0], places, values)
             )  # type: ignore[arg-type]
         )
     return Evidence(
@@ -214,21 +209,15 @@ def _evidence(logits: Tensor, chosen: Tensor) -> Evidence:
     )
 
 
-def _best_first(values: Tensor, places: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+def _best_first(places: Tensor, best: Tensor) -> Tensor:
     """Put the arg-max in front; `topk` may order equal values otherwise, or leave it out."""
-    wrong = places[:, :1] != best
-    if not bool(wrong.any()):
-        return values, places
-    others = torch.where(places == best, -1, places)
-    # Keep the order of the rest: a stable sort that brings the best, or a slot for it, forward.
-    has = (others == -1).any(-1, keepdim=True)
+    if bool((places[:, :1] == best).all()):
+        return places
+    found = places == best
     last = torch.arange(places.shape[1], device=places.device) == places.shape[1] - 1
-    slot = torch.where(has, others == -1, last)
+    slot = torch.where(found.any(-1, keepdim=True), found, last)
     order = (~slot).to(torch.int8).argsort(dim=-1, stable=True)
-    placed = torch.where(slot, best, places)
-    # Equal values: the arg-max has the largest, whichever index `topk` gave it.
-    lifted = torch.where(slot, values[:, :1], values)
-    return lifted.gather(-1, order), placed.gather(-1, order)
+    return torch.where(slot, best, places).gather(-1, order)
 
 
 def _split(evidence: Evidence, counts: Sequence[int]) -> list[Evidence]:

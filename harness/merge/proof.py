@@ -8,6 +8,7 @@ rounding left. Writes nothing; knows nothing of options or reports.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import HarnessError
+from harness.merge.factors import Term
 from harness.merge.plan import MergePlan, OutputTensor, ShardPlan
-from harness.merge.recipe import Recipe, make_delta, sum_factors, total_factors
+from harness.merge.recipe import Recipe, make_delta, total_factors
 from harness.merge.storage import RAW, accumulator, decode, encode
 from harness.merge.strategies import Kind
 from harness.tensor_files import DTYPE_BYTES
@@ -33,7 +35,7 @@ Array = NDArray[Any]
 Verify = str
 
 _BLOCK = 8
-_FULL_BLOCK = 256
+_FULL_BLOCK = 64
 _PIECE = 1 << 16
 
 
@@ -189,35 +191,43 @@ class _Reference:
     """The delta of one tensor in float64, block by block, in all and adapter by adapter."""
 
     def __init__(self, tensor: OutputTensor, recipe: Recipe, order: Sequence[str]) -> None:
-        self.kind = recipe.strategy.kind
-        self.parts: list[tuple[Array, Array]] = []
+        self.recipe = recipe
+        self.terms: list[Term] = []
+        self.rights: list[Array] = []
+        self.lefts: list[Array] = []  # whole, or of the last block
         self.dense: Array | None = None
         every = slice(0, tensor.shape[0])
-        if self.kind is Kind.SUM:
-            terms = sorted(tensor.terms, key=lambda term: order.index(term.source.name))
-            self.parts = [sum_factors(recipe, (term,), every, np.float64) for term in terms]
-        elif self.kind is Kind.FACTORS:
-            self.parts = [total_factors(recipe, tensor.terms, every, np.float64)]
+        if recipe.strategy.kind is Kind.SUM:
+            self.terms = sorted(tensor.terms, key=lambda term: order.index(term.source.name))
+            self.rights = [term.right(np.float64) for term in self.terms]
+        elif recipe.strategy.kind is Kind.FACTORS:
+            left, right = total_factors(recipe, tensor.terms, every, np.float64)
+            self.whole_left, self.rights = left, [right]
         else:
             # Which entries are kept is decided in the precision of the merge; the sum is not.
             whole = make_delta(recipe, tensor.terms, every, tensor.dtype)
             self.dense = whole.block(every).astype(np.float64)
-        self.rank = sum(right.shape[0] for _, right in self.parts) or 1
+        self.rank = sum(right.shape[0] for right in self.rights) or 1
 
     def block(self, rows: slice) -> tuple[Array, list[Array]]:
         """The delta of *rows*, and each adapter's share."""
         if self.dense is not None:
+            self.lefts = [self.dense[rows]]
             return self.dense[rows], []
-        shares = [left[rows] @ right for left, right in self.parts]
-        return shares[0] if len(shares) == 1 else np.sum(shares, axis=0), shares
+        self.lefts = [
+            term.left(np.float64, rows) * (self.recipe.weight(term) * term.scale)
+            for term in self.terms
+        ] or [self.whole_left[rows]]
+        shares = [left @ right for left, right in zip(self.lefts, self.rights, strict=True)]
+        return functools.reduce(np.add, shares), shares
 
     def bound(self, rows: Array, columns: Array) -> Array:
-        """How large the products behind each entry `[rows[i], columns[i]]` can be: what float32's
-        accumulation can be off by is a small multiple of it."""
+        """How large the products behind each entry `[rows[i], columns[i]]` of the last block can
+        be: what float32's accumulation can be off by is a small multiple of it."""
         if self.dense is not None:
-            return np.abs(self.dense[rows, columns])
+            return np.abs(self.lefts[0][rows, columns])
         total = np.zeros(len(rows))
-        for left, right in self.parts:
+        for left, right in zip(self.lefts, self.rights, strict=True):
             total += np.linalg.norm(left[rows], axis=1) * np.linalg.norm(right[:, columns], axis=0)
         return total
 
@@ -230,7 +240,7 @@ def _check_merged(
     columns = tensor.shape[1]
     checked = exact = unmoved = 0
     worst = weight = delta_sum = lost = one_by_one = 0.0
-    in_turn = len(reference.parts) > 1 and recipe.strategy.kind is Kind.SUM
+    in_turn = len(reference.terms) > 1
     for rows in _blocks(tensor, full):
         before = _base_numbers(base, tensor, rows)
         after = _numbers(output, tensor.start, tensor.dtype, rows, columns)
@@ -243,7 +253,7 @@ def _check_merged(
         # The few others may be off by the accumulation's own error; "not within" also catches NaN.
         near, across = np.nonzero(~same)
         allowed = np.abs(nearest - wanted)[near, across] + precision * (
-            np.abs(before)[near, across] + reference.bound(near + rows.start, across)
+            np.abs(before)[near, across] + reference.bound(near, across)
         )
         wrong = np.flatnonzero(~(error[near, across] <= allowed))
         if wrong.size:

@@ -46,7 +46,7 @@ __all__ = [
 #: Below pytest's root folder; ignored by git.
 FOLDER = ".pending"
 _RUN = ".run.json"
-_PART = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")
+_PART = re.compile(r"[^./\\\x00-\x1f\x7f\ud800-\udfff][^/\\\x00-\x1f\x7f\ud800-\udfff]*")
 _PART_BYTES = 240
 _HEADER_BYTES = 1 << 20
 

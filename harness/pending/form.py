@@ -1,7 +1,7 @@
 """The stored form of a compared case: two lines of JSON, what a list needs and the details.
 
 The first line holds the digest of the second, so that it stands for the whole. Foreign text is
-ASCII in here: lone surrogates survive, and no escape sequence reaches a terminal by `cat`. Knows
+ASCII in here: no escape sequence reaches a terminal by `cat`. Knows
 nothing of folders, locks or decisions.
 """
 
@@ -253,8 +253,21 @@ def _digest(*parts: str) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """*value* as one ASCII line."""
+    """*value* as one ASCII line; half a surrogate pair, which is no character, is written out."""
+    line = _dumped(value)
+    return _dumped(_sound(value)) if b"\\ud" in line else line
+
+
+def _dumped(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _sound(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_sound(key): _sound(item) for key, item in value.items()}
+    return [_sound(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _side_form(side: Side, *, light: bool) -> dict[str, Any]:

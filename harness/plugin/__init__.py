@@ -29,6 +29,7 @@ from harness.plugin.latency import (
     pytest_benchmark_update_machine_info,
     skip_without_meaning,
 )
+from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
 from harness.plugin.summary import (
     case_of,
@@ -384,6 +385,32 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         ending = contextlib.ExitStack()
         ending.enter_context(terminable())
         session.config.add_cleanup(ending.close)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Before -k, -m and --deselect take tests away: what they leave out is still asked for.
+    remember_collected(config, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if not config.stash[SETTING].asked_for or ORPHANS in config.stash:
+        return
+    orphans = find_orphans(config)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["lora_orphans"] = orphans
+    else:
+        config.stash[ORPHANS] = orphans
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Under xdist the workers collect, each of them everything."""
+    found = getattr(node, "workeroutput", {}).get("lora_orphans")
+    if found is not None:
+        node.config.stash[ORPHANS] = found
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

@@ -23,7 +23,7 @@ from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
 
-__all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "ini_name", "read_setting"]
+__all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "case_name", "ini_name", "read_setting"]
 
 #: What every option's destination starts with: pytest's namespace is shared by all plugins.
 DEST = "lora_stack_"
@@ -32,13 +32,19 @@ OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS + BENCH_OPTIONS
 
 @dataclass(kw_only=True)
 class Setting:
-    """What this session tests; resolved once, when first asked for."""
+    """What this session tests; resolved once, when first asked for.
+
+    Attributes:
+        modes_chosen: the command line names a stack or modes, which may not be all there are
+            snapshots of.
+    """
 
     options: StackOptions
     folder: Path
     values: Mapping[str, Any]
     asked_for: bool
     drift_fails: bool = True
+    modes_chosen: bool = False
     _stack: AdapterStack | None = None
     _preset: Preset | None = None
     _stopping_preset: Preset | None = None
@@ -105,7 +111,15 @@ def read_setting(config: pytest.Config) -> Setting:
         values=values,
         asked_for=options.named or bool(modes) or any(given.values()),
         drift_fails=_drift_fails(config),
+        modes_chosen=from_command_line or bool(given["modes"]),
     )
+
+
+def case_name(setting: Setting, prompt: str, mode: str) -> str:
+    """The file name, without suffix, of a prompt's snapshot in a mode."""
+    from harness.snapshot import snapshot_name
+
+    return snapshot_name(setting.preset.name, prompt, mode)
 
 
 def _drift_fails(config: pytest.Config) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness.plugin.orphans import ORPHANS
 from harness.plugin.setting import SETTING
 from harness.terminal import shown
 from harness.verdict import Outcome, overall
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from harness.plugin.accepted import Judged
 
 __all__ = ["case_of", "outcome_of", "properties_of", "write_end", "write_summary"]
+
+
+_SHOWN = 10
 
 
 def case_of(item: pytest.Item) -> dict[str, str]:
@@ -78,12 +82,13 @@ def write_summary(terminalreporter: Any, config: pytest.Config) -> None:
                 if report.passed and "lora_evidence" in properties:
                     verdict = properties["lora_verdict"]
                     told.append(f"{verdict}: {properties['lora_evidence']}")
-    if not counts:
+    orphans = config.stash.get(ORPHANS, [])
+    if not counts and not orphans:
         return
     outcomes = [o.value for o in Outcome if any(row[o.value] for row in counts.values())]
     terminalreporter.section("lora-stack: modes × verdicts")
     order = [m.name for m in config.stash[SETTING].stack.modes]
-    width = max(len(mode) for mode in counts)
+    width = max((len(mode) for mode in counts), default=0)
     terminalreporter.line(" " * width + "".join(f"{name:>14}" for name in outcomes))
     for mode in sorted(counts, key=lambda m: order.index(m) if m in order else len(order)):
         cells = "".join(f"{counts[mode][name] or '·':>14}" for name in outcomes)
@@ -98,6 +103,13 @@ def write_summary(terminalreporter: Any, config: pytest.Config) -> None:
         terminalreporter.line(f"noise floor: at most {highest}")
     for lines in told:
         terminalreporter.line(lines.replace("\n", "\n  "))
+    if orphans:
+        terminalreporter.line(f"{len(orphans)} files of snapshots that no test asks for:")
+        for path in orphans[:_SHOWN]:
+            terminalreporter.line(f"  {shown(path)}")
+        if len(orphans) > _SHOWN:
+            terminalreporter.line(f"  and {len(orphans) - _SHOWN} more")
+        terminalreporter.line("  → git rm them, or bring their tests back")
     for line in _next_commands(config, outcomes):
         terminalreporter.line(line)
 

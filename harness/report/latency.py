@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,11 @@ def label(mode: str, application: str, decoding: str, batch_size: int) -> str:
 
 
 def _figure(name: str, value: Any) -> Any:
-    return value * 100 if name.endswith("_share") and value is not None else value
+    if value is None:
+        return None
+    if name.endswith("_share"):
+        return value * 100
+    return round(value) if name.endswith("tokens_per_s") and value >= 1000 else value
 
 
 def _overhead_row(row: OverheadRow) -> list[Any]:
@@ -328,6 +332,12 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
     return made
 
 
+def _with_failures(report: LatencyReport) -> Results:
+    """The results with what failed now, as a stored night has it."""
+    failed = [v.name for v in report.verdicts if v.outcome is Outcome.FAILED]
+    return replace(report.results, failed=tuple(name.removeprefix("latency: ") for name in failed))
+
+
 def write_latency(report: LatencyReport, folder: Path) -> Path:
     """Write `report.json`, `report.md` and `report.html` as a new *folder*, whole or not at all.
 
@@ -338,7 +348,7 @@ def write_latency(report: LatencyReport, folder: Path) -> Path:
     except ImportError:
         plots, hint = [], "Plots need matplotlib: pip install 'lora-stack-harness[plots]'."
     else:
-        plots, hint = list(draw_latency(report.results, report.history)), ""
+        plots, hint = list(draw_latency(_with_failures(report), report.history)), ""
     results = report.results
     page = render(
         _TEMPLATE,

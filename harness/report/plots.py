@@ -182,4 +182,5 @@ def _history(figure: Figure, nights: Sequence[Results]) -> None:
     step = max(1, len(nights) // 10)
     places = list(range(0, len(nights), step))
     bottom.set_xticks(places, [plain(names[place]) for place in places], rotation=30, fontsize=8)
-    top.legend(loc="center left", bbox_to_anchor=(1.01, 0), fontsize=8)
+    handles, labels = top.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)

@@ -48,6 +48,7 @@ SIGNS: Mapping[str, str] = {
     "rejected": "–",
 }
 _AROUND = 8
+_LISTED = 6
 _WORST_FIRST = [outcome.value for outcome in reversed(Outcome)]
 
 
@@ -222,7 +223,9 @@ def _alternatives(
         chances.append(found)
     old, new = chances
     order = sorted(pieces, key=lambda token: -max(old.get(token, 0.0), new.get(token, 0.0)))
-    return tuple((pieces[token], old.get(token), new.get(token)) for token in order)
+    said = {position.token_id for position in (then, now) if position is not None}
+    kept = [token for place, token in enumerate(order) if place < _LISTED or token in said]
+    return tuple((pieces[token], old.get(token), new.get(token)) for token in kept)
 
 
 def _chance(logprob: float) -> float:

@@ -20,7 +20,13 @@ from harness.verdict import Outcome, Verdict
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["adapter_findings", "head_findings", "head_name", "merged_row_finding"]
+__all__ = [
+    "adapter_findings",
+    "head_findings",
+    "head_name",
+    "lost_head_finding",
+    "merged_row_finding",
+]
 
 ROWS = "EOS rows of the head"
 RELOAD = "head at reload"
@@ -82,7 +88,8 @@ def _reload_finding(ending: EndingFiles, checkpoint: CheckpointFiles) -> Finding
             outcome=Outcome.FAILED,
             evidence=(
                 "lm_head.weight is in the files and differs from the embedding, and "
-                "tie_word_embeddings is true: loaders put the one over the other",
+                "tie_word_embeddings is true: loaders that go by the config put the embedding over "
+                "the head (transformers 5.23 keeps both, with a warning)",
                 *_moved(checkpoint, head, embedding, ending.eos),
             ),
             remedy="set tie_word_embeddings to false in config.json, or save the model with the "
@@ -177,6 +184,34 @@ def adapter_findings(
         ),
     )
     return [Finding(kind=CauseKind.EOS_ROW, verdict=verdict)]
+
+
+def lost_head_finding(
+    ending: EndingFiles, checkpoint: CheckpointFiles, merged: CheckpointFiles
+) -> Finding | None:
+    """A base with a head of its own whose merged copy ties it: reloading makes it the embedding."""
+    before, after = head_name(checkpoint), head_name(merged)
+    if checkpoint.tied or not merged.tied or before is None or after is None:
+        return None
+    first, second = checkpoint.tensor(before), merged.tensor(after)
+    lines = [
+        "the base has a head of its own, the merged copy ties it to the embedding: reloading puts "
+        "the embedding over the head"
+    ]
+    if first.shape == second.shape:
+        for token_id in ending.eos:
+            if 0 <= token_id < first.shape[0]:
+                a, b = first[token_id].double(), second[token_id].double()
+                change = float((a - b).norm() / max(float(a.norm()), 1e-30))
+                lines.append(f"the EOS row {token_id} moves by {change:.1%} of its norm")
+    verdict = Verdict(
+        name=f"merged copy: {RELOAD}",
+        outcome=Outcome.FAILED,
+        evidence=tuple(lines),
+        remedy="set tie_word_embeddings to false in the merged copy's config.json, and save its "
+        "lm_head",
+    )
+    return Finding(kind=CauseKind.HEAD, verdict=verdict)
 
 
 def merged_row_finding(

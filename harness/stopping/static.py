@@ -15,7 +15,12 @@ from harness.ending import EndingFiles, read_ending
 from harness.stack import AdapterStack
 from harness.stopping.causes import CauseKind, Finding
 from harness.stopping.families import Family, family_of
-from harness.stopping.rows import adapter_findings, head_findings, merged_row_finding
+from harness.stopping.rows import (
+    adapter_findings,
+    head_findings,
+    lost_head_finding,
+    merged_row_finding,
+)
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["examine_files", "merged_findings", "turn_starts"]
@@ -288,6 +293,9 @@ def merged_findings(
         Finding(kind=f.kind, verdict=_renamed(f.verdict, f"{COPY}: {f.verdict.name}"))
         for f in head_findings(copy, weights)
     ]
+    lost = lost_head_finding(ending, checkpoint, weights)
+    if lost is not None:
+        overwritten.insert(0, lost)
     return [Finding(kind=CauseKind.MERGED, verdict=verdict), *overwritten]
 
 

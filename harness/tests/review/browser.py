@@ -48,7 +48,7 @@ def driven(page: Path, script: str, *options: str) -> dict[str, Any]:
             f"--user-data-dir={page.parent / 'profile'}", "--window-size=1280,900",
             "--virtual-time-budget=5000", *options, "--dump-dom", copy.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=300, check=True,
     ).stdout  # fmt: skip
     found = _RESULT.search(dom)
     assert found is not None, "no script ran in the page"

@@ -208,7 +208,7 @@ def converse(root: Path, keys: str, *, columns: int = 120) -> tuple[int, str]:
 
 
 def _reading(terminal: int) -> Iterator[str]:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         if not select.select([terminal], [], [], 1)[0]:
             continue

@@ -60,23 +60,31 @@ def test_files_alone_take_no_model(run, monkeypatch, stack_copy):
     assert [c["kind"] for c in json.loads(out)["causes"]] == ["end of turn is no EOS"]
 
 
-def test_accepted_completions_are_examined_without_generating(run, monkeypatch):
-    from pathlib import Path
-
+def test_accepted_completions_are_replayed_without_generating(
+    run, monkeypatch, tmp_path, embedded_engine
+):
     from harness.engines.peft import PeftEngine
+    from harness.preset import load_preset
+    from harness.snapshot import snapshot_name, snapshot_of, write_form
+
+    preset = load_preset("elegant_style")
+    (tmp_path / "accepted").mkdir()
+    for one in embedded_engine.generate(preset.prompts, "stacked", preset.settings):
+        name = f"{snapshot_name(preset.name, one.prompt.id, 'stacked')}.toml"
+        form = write_form(snapshot_of(one, {}))
+        (tmp_path / "accepted" / name).write_text(form, encoding="utf-8")
 
     def refuse(*_, **__):
         raise AssertionError("something was generated")
 
     monkeypatch.setattr(PeftEngine, "generate", refuse)
-    folder = Path(__file__).parents[3] / "snapshots"
-    code, out, _ = run("--snapshots", folder, "--preset", "elegant_style", "--json")
-    report = json.loads(out)
-    assert (report["generated"], report["modes"]["stacked"]["stopped"]) == (0, 8)
-    # Every accepted token is what the stack would say now: the snapshots are replayed.
-    assert (
-        report["modes"]["stacked"]["eos"]["replayed"] == report["modes"]["stacked"]["eos"]["tokens"]
+    code, out, _ = run(
+        "--snapshots", "accepted", "--preset", "elegant_style", "--modes", "stacked", "--json"
     )
+    report = json.loads(out)
+    stacked = report["modes"]["stacked"]
+    assert (report["generated"], stacked["stopped"], stacked["total"]) == (0, 8, 8)
+    assert stacked["eos"]["replayed"] == stacked["eos"]["tokens"]
     assert code == 1  # 8 prompts prove no rate
 
 

@@ -128,6 +128,31 @@ def test_tied_head_that_reloading_overwrites(stack_copy, merged):
     assert "the EOS row 639 moves by 66.7%" in causes[0].text
 
 
+def test_untied_head_that_a_merged_copy_ties(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from harness.merge import merge_lora_adapters
+    from harness.resolve import resolve_stack
+    from harness.stopping.static import examine_files
+    from harness.testing.tiny import tiny_stack
+
+    tiny = tiny_stack(tmp_path, tied=False)
+    merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "merged")
+    stack = resolve_stack(adapters=tiny.adapters)
+    sound = examine_files(stack, merged=tmp_path / "merged")
+    assert all(finding.verdict.passed for finding in sound)
+    # What saving a model whose config was set to tied does: the head is gone.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    for file in (tmp_path / "merged").glob("*token*"):
+        (tmp_path / "tied" / file.name).write_bytes(file.read_bytes())
+    failing = {f.kind: f.verdict for f in examine_files(stack, merged=tmp_path / "tied")
+               if not f.verdict.passed}  # fmt: skip
+    assert "the EOS row" in failing[CauseKind.HEAD].evidence[1]
+
+
 @pytest.mark.slow
 def test_instruct_trained_with_masked_eos(stack_copy, examine):
     """Trained as fixtures/stages/train.py does it, but for the label of the end of turn."""
