@@ -34,6 +34,8 @@ __all__ = [
 Kind = Literal["linear", "conv1d", "embedding"]
 
 _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
+# PEFT's variants that compute s·B·A all the same: MiCA only keeps B from being trained.
+_PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "EetqLinear",
               "AqlmQuantizedLinear", "QuantizedLinear", "FP8Linear")  # fmt: skip
 
@@ -317,7 +319,7 @@ def _live_adapter(module: Any, name: str, a: Tensor, b: Tensor) -> LiveAdapter:
     extra = None
     variant = getattr(module, "lora_variant", {}).get(name)
     bias = getattr(module.lora_B[name], "bias", None) if name in module.lora_B else None
-    if variant is not None:
+    if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         extra = type(variant).__name__
     elif isinstance(bias, Tensor):
         extra = "a bias beside B (lora_bias)"
