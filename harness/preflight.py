@@ -29,6 +29,8 @@ __all__ = ["check_adapter_values", "check_base_values", "check_stack_files"]
 #: The most that an entry of a factor may be. Trained ones stay below 10; a flipped high bit of
 #: the exponent gives 1e30.
 MOST_OF_A_FACTOR = 1e4
+#: The most that a weight of a base may be; the largest in use are some hundreds.
+MOST_OF_A_BASE = 1e6
 _WORTH_REMEMBERING = 64 << 20
 _FORM = 1
 
@@ -115,11 +117,11 @@ def check_adapter_values(
     ]
 
 
-def _value_fault(found: ValueRange, most: float | None) -> str | None:
+def _value_fault(found: ValueRange, most: float) -> str | None:
     name = f"tensor {quoted(found.entry.name)}"
     if found.bad is not None:
         return f"{name}: holds {found.kind} at {list(found.bad)}"
-    if most is not None and found.largest > most:
+    if found.largest > most:
         return f"{name}: holds {found.largest:.3g}, beyond {most:g}"
     return None
 
@@ -135,7 +137,7 @@ def check_base_values(checkpoint: CheckpointFiles, faults: list[InputError]) -> 
         before = len(faults)
         try:
             for found in value_ranges(shard):
-                fault = _value_fault(found, None)
+                fault = _value_fault(found, MOST_OF_A_BASE)
                 if fault is None and written and found.zero and len(found.entry.shape) == 2:
                     fault = f"tensor {quoted(found.entry.name)}: is all zeros: it was never written"
                 if fault is not None:

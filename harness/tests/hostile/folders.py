@@ -68,7 +68,7 @@ class Folders:
         path = path or self.weights
         header, data = read_header(path)
         changed = change(header)
-        write_header(path, header if changed is None else changed, data)
+        write_header(path, changed if isinstance(changed, dict | list | bytes) else header, data)
 
     def tensors(
         self, change: Callable[[dict[str, tuple[str, list[int], bytes]]], Any],

@@ -1,0 +1,150 @@
+"""The preflight: run by every command and suite, all faults at once, without torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from harness.cli import main
+from harness.tests.hostile.folders import A0, CONFIG, Folders
+
+
+@pytest.fixture
+def folders(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "sound"
+    shutil.copytree(tiny.base, root / "base")
+    for name, folder in tiny.adapters.items():
+        shutil.copytree(folder, root / name)
+    return Folders(tmp_path / "case", root)
+
+
+def commands(f):
+    style, instruct = str(f.style), str(f.instruct)
+    return {
+        "run": ["run", *f.arguments],
+        "verify": ["verify", *f.arguments],
+        "check-files": ["check-files", *f.arguments],
+        "lock": ["lock", *f.arguments],
+        "merge": ["merge", "--base", str(f.base), "--adapters", style, instruct, "--output", "o"],
+        "flatten": ["flatten", "--adapters", style, instruct, "--output", "o"],
+        "analyze": ["analyze", style, "--output", "o"],
+        "compare": ["compare", style, instruct, "--output", "o"],
+    }
+
+
+COMMANDS = ("run", "verify", "check-files", "lock", "merge", "flatten", "analyze", "compare")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_a_broken_header(folders, capsys, command):
+    folders.header(lambda h: h[A0].update(dtype="F31"))
+    assert main(commands(folders)[command]) == 2
+    assert f"style/adapter_model.safetensors: tensor '{A0}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "check-files", "merge", "flatten"])
+def test_what_uses_an_adapter_refuses_nan_in_it(folders, capsys, command):
+    folders.poke(A0, float("nan"))
+    assert main(commands(folders)[command]) == 2
+    assert f"tensor '{A0}': holds NaN at [0, 5]" in capsys.readouterr().err
+
+
+def test_engine_refuses_it_for_whoever_loads_without_a_command(folders):
+    from harness import InputError, load_engine, resolve_stack
+
+    folders.poke(A0, float("inf"))
+    stack = resolve_stack(base_model=folders.base, adapters={"a": folders.style})
+    with pytest.raises(InputError, match=r"holds Inf at \[0, 5\]"):
+        load_engine(stack)
+
+
+@pytest.mark.parametrize(("change", "words"), [("config", "the config says 7"), ("nan", "NaN at")])
+def test_suites_refuse_it(pytester, folders, change, words):
+    if change == "config":
+        folders.config(r=7)
+    else:
+        folders.poke(A0, float("nan"))
+    pytester.chdir()
+    pytester.makepyfile("def test_it(lora_engine): pass")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", *folders.arguments)
+    assert result.ret != 0
+    assert words in result.stdout.str() + result.stderr.str()
+
+
+def test_all_faults_of_a_stack_are_told_at_once(folders, capsys):
+    folders.config(r=7, use_rslora="false", bias="some", frobnicate=1)
+    folders.header(lambda h: (h[A0].update(dtype="F31"), h.update(__metadata__=[])))
+    folders.json(f"instruct/{CONFIG}", lora_alpha=-1)
+    folders.json("base/config.json", num_hidden_layers=7, vocab_size=3)
+    assert main(["check-files", *folders.arguments]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    for words in ("use_rslora", "bias", "frobnicate", "unknown dtype 'F31'", "__metadata__",
+                  "lora_alpha: -1", "num_hidden_layers: claims 7", "claims [3, 32]"):  # fmt: skip
+        assert sum(words in line for line in lines) >= 1, words
+    assert all(line.startswith("error: ") and "→" in line for line in lines)
+
+
+def test_json_says_the_same(folders, capsys):
+    folders.config(r=7)
+    assert main(["check-files", "--json", str(folders.style), str(folders.base)]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "failed"
+    assert [check["verdict"] for check in report["checks"]] == ["failed", "held"]
+    assert len(report["checks"][0]["evidence"]) == 14
+
+
+def test_single_folders_and_a_stack_are_not_mixed(folders, capsys):
+    assert main(["check-files", str(folders.style), *folders.arguments]) == 2
+    assert "both given" in capsys.readouterr().err
+
+
+def test_it_imports_no_torch(folders):
+    code = (
+        "import sys; from harness.cli import main; code = main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers', 'peft', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check-files", *folders.arguments], capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_remote_code_is_let_through_when_it_is_trusted(folders, capsys):
+    folders.json("base/config.json", auto_map={"AutoConfig": "x.Y"})
+    assert main(["check-files", *folders.arguments]) == 2
+    assert main(["check-files", *folders.arguments, "--trust-remote-code"]) == 0
+
+
+def test_adapters_names_that_peft_cannot_hold_are_those_of_torch():
+    import torch
+
+    from harness.stack import _MODULE_DICT_NAMES, _NAME
+
+    taken = {name for name in dir(torch.nn.ModuleDict()) if _NAME.fullmatch(name)}
+    assert taken <= _MODULE_DICT_NAMES
+
+
+def test_large_base_is_read_once(folders, monkeypatch, tmp_path):
+    from harness import preflight
+    from harness.checkpoint_files import read_checkpoint
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(preflight, "_WORTH_REMEMBERING", 1)
+    checkpoint = read_checkpoint(folders.base)
+    reads = []
+    real = preflight.value_ranges
+    monkeypatch.setattr(preflight, "value_ranges", lambda file: reads.append(file) or real(file))
+    for _ in range(2):
+        monkeypatch.setattr(preflight, "_sound", set())
+        preflight.check_base_values(checkpoint, [])
+    assert len(reads) == 1
+    folders.poke("model.norm.weight", float("nan"), path=folders.model)
+    monkeypatch.setattr(preflight, "_sound", set())
+    faults = []
+    preflight.check_base_values(read_checkpoint(folders.base), faults)
+    assert len(faults) == 1, "a file that was written again is read again"
