@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from harness.preset import Preset, load_preset, load_prompts
     from harness.resolve import resolve_stack
     from harness.stack import Adapter, AdapterStack, Base, Mode
+    from harness.stopping import StoppingReport, check_training_data, examine_stopping
     from harness.verdict import Outcome, Verdict
 
 __version__ = "0.1.0"
@@ -55,13 +56,16 @@ _HOMES = {
     "Preset": "harness.preset",
     "Prompt": "harness.completion",
     "StopReason": "harness.completion",
+    "StoppingReport": "harness.stopping",
     "StrategyOptions": "harness.merge",
     "UnifiedAnalyzer": "harness.analysis",
     "Verdict": "harness.verdict",
     "analyze_lora_weights": "harness.analysis",
     "certify_stack": "harness.certificate",
+    "check_training_data": "harness.stopping",
     "check_training_stack": "harness.certificate",
     "compare_lora_adapters": "harness.analysis",
+    "examine_stopping": "harness.stopping",
     "flatten_adapters": "harness.merge",
     "load_engine": "harness.engines",
     "load_preset": "harness.preset",
@@ -89,13 +93,16 @@ __all__ = [
     "Preset",
     "Prompt",
     "StopReason",
+    "StoppingReport",
     "StrategyOptions",
     "UnifiedAnalyzer",
     "Verdict",
     "analyze_lora_weights",
     "certify_stack",
+    "check_training_data",
     "check_training_stack",
     "compare_lora_adapters",
+    "examine_stopping",
     "flatten_adapters",
     "load_engine",
     "load_preset",

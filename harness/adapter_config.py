@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.config_fields import FieldReader, field_name
 from harness.errors import InputError, combined, gathering, quoted
@@ -32,6 +32,8 @@ CONFIG_NAME = "adapter_config.json"
 #: The most that one module's scale may be: beyond it every logit is noise, and no trainer goes.
 _MAX_SCALE = 1e4
 _MEGATRON = "megatron.core"  # what PEFT writes by default, and never imports without its config
+
+_N = TypeVar("_N", int, float)
 
 # What makes an adapter more than `W + s·B·A`, by key of adapter_config.json. Each entry says why.
 _NOT_ADDITIVE: Mapping[str, str] = {
@@ -113,14 +115,43 @@ class AdapterConfig:
     raw: Mapping[str, Any]
 
     def rank_of(self, module: str) -> int:
-        """The rank that the config claims for *module* (`rank_pattern`, else `r`)."""
-        key = _pattern_key(self.rank_pattern, module)
-        return self.rank if key is None else self.rank_pattern[key]
+        """The rank that the config claims for *module* (`rank_pattern`, else `r`).
+
+        Raises:
+            InputError: *module* holds several `target_parameters` whose patterns differ: which
+                of them a factor belongs to is not in the files.
+        """
+        return self._setting("rank_pattern", self.rank_pattern, self.rank, module)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha of *module* (`alpha_pattern`, else `lora_alpha`)."""
-        key = _pattern_key(self.alpha_pattern, module)
-        return self.alpha if key is None else self.alpha_pattern[key]
+        """The alpha of *module* (`alpha_pattern`, else `lora_alpha`); raises as `rank_of`."""
+        return self._setting("alpha_pattern", self.alpha_pattern, self.alpha, module)
+
+    def _setting(self, key: str, patterns: Mapping[str, _N], default: _N, module: str) -> _N:
+        found = set()
+        for name in self._adapted_names(module):
+            pattern = _pattern_key(patterns, name)
+            found.add(default if pattern is None else patterns[pattern])
+        if len(found) > 1:
+            raise InputError(
+                f"{key} differs between the parameters of {module!r}, and the file does not say "
+                "which factor is whose",
+                where=self.path,
+                remedy=f"give the parameters of one module the same {key}",
+            )
+        return found.pop()
+
+    def _adapted_names(self, module: str) -> list[str]:
+        """What PEFT matches patterns with: *module*, or its parameters if those are adapted."""
+        given = self.raw.get("target_parameters")
+        targets = [t for t in given if isinstance(t, str)] if isinstance(given, list) else []
+        bare = module.replace(".base_layer", "")
+        names = [f"{bare}.{target.rpartition('.')[2]}" for target in targets]
+        known = [
+            name for name, target in zip(names, targets, strict=True)
+            if name == target or name.endswith(f".{target}")
+        ]  # fmt: skip
+        return known or [module]
 
     def scale_of(self, module: str) -> float:
         """`s` of *module*: `alpha/r`, or `alpha/√r` for rsLoRA."""

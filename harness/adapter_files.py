@@ -23,11 +23,19 @@ from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
 if TYPE_CHECKING:
     from harness.lora import LoraPair
 
-__all__ = ["WEIGHTS_NAME", "AdapterFiles", "PairEntry", "adapter_digest", "read_adapter"]
+__all__ = [
+    "KEY_PREFIX",
+    "WEIGHTS_NAME",
+    "AdapterFiles",
+    "PairEntry",
+    "adapter_digest",
+    "read_adapter",
+]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_KEY_PREFIX = "base_model.model."
+#: What PEFT puts before a base model's names.
+KEY_PREFIX = "base_model.model."
 _ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 _KEY = re.compile(
@@ -188,17 +196,17 @@ def _sorted_keys(
     strangers: list[str] = []
     copies: dict[str, TensorEntry] = {}
     for key, entry in tensors.entries.items():
-        match = _KEY.fullmatch(key) if key.startswith(_KEY_PREFIX) else None
+        match = _KEY.fullmatch(key) if key.startswith(KEY_PREFIX) else None
         copy = _BASE_COPY.fullmatch(key)
         if match is not None:
-            module = (match["module"] or match["embedding"]).removeprefix(_KEY_PREFIX)
-            if module.startswith(_KEY_PREFIX):
+            module = (match["module"] or match["embedding"]).removeprefix(KEY_PREFIX)
+            if module.startswith(KEY_PREFIX):
                 strangers.append(key)
             else:
                 factor = match["factor"] or match["embedding_factor"]
                 factors.setdefault(module, {})[factor] = entry
         elif copy is not None:
-            copies[f"{copy['module']}.weight"] = entry
+            copies[f"{copy['module']}.weight".removeprefix(KEY_PREFIX)] = entry
         else:
             strangers.append(key)
     return factors, strangers, copies
@@ -206,14 +214,14 @@ def _sorted_keys(
 
 def _stranger(key: str, path: Path) -> InputError:
     """Why *key* is no factor of a plain adapter."""
-    plain = f"keys read {_KEY_PREFIX}<module>.lora_A.weight and …lora_B.weight"
-    if key.startswith(_KEY_PREFIX * 2):
+    plain = f"keys read {KEY_PREFIX}<module>.lora_A.weight and …lora_B.weight"
+    if key.startswith(KEY_PREFIX * 2):
         fault, remedy = "has the prefix twice; PEFT would ignore it", plain
     elif re.search(r"\.lora_[AB]\.[^.]+\.weight$", key):
         fault = "has an adapter's name in it, as in a model's own state; PEFT would ignore it"
         remedy = f"save it with save_pretrained; {plain}"
     elif re.search(r"lora_(A|B|embedding_A|embedding_B)", key):
-        fault, remedy = f"lacks the prefix {_KEY_PREFIX}; PEFT would ignore it", plain
+        fault, remedy = f"lacks the prefix {KEY_PREFIX}; PEFT would ignore it", plain
     elif re.search(r"lora_(down|up)|\.lora\.|^lora_(unet|te)", key):
         fault, remedy = "is another library's LoRA; PEFT would ignore it", f"convert it; {plain}"
     elif "lora_magnitude_vector" in key:

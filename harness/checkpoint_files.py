@@ -26,6 +26,9 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "CheckpointFiles", "checkpoint_digest", 
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_PREFIXES = ("model.", "transformer.")
+_HEADS = frozenset({"lm_head", "embed_out", "output"})
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _AGAIN = "copy the base model again"
 _GENERATION_FILES = (
@@ -66,12 +69,24 @@ class CheckpointFiles:
 
     def weight_name(self, module: str) -> str | None:
         """The tensor that holds *module*'s weight; a tied head's is the embedding's."""
-        if f"{module}.weight" in self.places:
-            return f"{module}.weight"
-        if self.tied and module == "lm_head":
-            ends = [name for name in self.places if name.endswith("embed_tokens.weight")]
-            return ends[0] if len(ends) == 1 else None
-        return None
+        found = self.stored_name(f"{module}.weight")
+        if found is None and self.tied and module in _HEADS:
+            return self.embedding_name
+        return found
+
+    @property
+    def embedding_name(self) -> str | None:
+        """The token embedding's tensor, where its name is one that transformers uses."""
+        ends = [name for name in self.places if name.endswith(_EMBEDDINGS)]
+        return ends[0] if len(ends) == 1 else None
+
+    def stored_name(self, name: str) -> str | None:
+        """The stored tensor that transformers loads as *name*: it adds or drops the prefix of the
+        bare model while loading (the hub's GPT-2 stores `h.0…` for `transformer.h.0…`)."""
+        dropped = [name.removeprefix(prefix) for prefix in _PREFIXES]
+        added = [prefix + name for prefix in _PREFIXES]
+        candidates = [name, *dropped, *added]
+        return next((candidate for candidate in candidates if candidate in self.places), None)
 
     def _shard(self, name: str) -> TensorFile:
         shard = self.places.get(name)

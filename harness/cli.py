@@ -14,10 +14,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from types import ModuleType
 from typing import NoReturn
 
+from harness import __version__
 from harness.errors import HarnessError, InputError
 from harness.interrupts import exit_code, terminable
 from harness.options import with_dashes
@@ -26,7 +26,8 @@ from harness.terminal import shown
 __all__ = ["main"]
 
 _COMMANDS = (
-    "run", "verify", "merge", "flatten", "analyze", "compare", "check-files", "lock",
+    "run", "verify", "stopping", "review", "merge", "flatten", "analyze", "compare", "bench",
+    "check-files", "lock",
 )  # fmt: skip
 _USAGE_ERROR, _INTERNAL_ERROR = 2, 3
 
@@ -49,9 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "With no stack named, the embedded tiny trained stack is used.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"lora-stack {version('lora-stack-harness')}"
-    )
+    parser.add_argument("--version", action="version", version=f"lora-stack {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in _COMMANDS:
         module = _command(name)

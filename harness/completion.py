@@ -7,11 +7,14 @@ Values only. Knows nothing of models, torch, files or pytest. Engines produce
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from harness.stack import AdapterStack, Mode
+
+if TYPE_CHECKING:
+    from harness.evidence import Evidence
 
 __all__ = [
     "Application",
@@ -98,6 +101,7 @@ class Completion:
         prompt_token_ids: what the model was given, template applied, padding left out.
         token_ids: what it produced, the EOS included where it produced one.
         text: the produced tokens decoded without special tokens.
+        evidence: what the model thought of each token, where it was asked; no part of equality.
     """
 
     prompt: Prompt
@@ -108,6 +112,7 @@ class Completion:
     text: str
     stop_reason: StopReason
     settings: GenerationSettings
+    evidence: Evidence | None = field(default=None, compare=False, repr=False)
 
     @property
     def stopped(self) -> bool:

@@ -18,7 +18,7 @@ from harness.stack import Adapter, Base
 from harness.strict_json import read_json_object
 from harness.tensor_files import same_bytes
 
-__all__ = ["check_adapter_on_base", "check_adapters_together"]
+__all__ = ["check_adapter_on_base", "check_adapters_together", "check_base_copies"]
 
 _PROOF = "merge_proof.json"
 _OTHER_BASE = "give the base that the adapter was trained on as --base-model"
@@ -42,7 +42,7 @@ def check_adapter_on_base(
     with gathering(faults):
         files.config.refuse_slow_patterns(_module_names(checkpoint))
     _check_shapes(adapter.name, files, checkpoint, base, faults)
-    _check_base_copies(files, checkpoint, faults)
+    check_base_copies(files, checkpoint, faults)
     if len(faults) == before:
         _check_complete(files, checkpoint, faults)
     _check_merged(adapter, files, base, faults)
@@ -105,7 +105,7 @@ def _check_shapes(
         )
 
 
-def _check_base_copies(
+def check_base_copies(
     adapter: AdapterFiles, checkpoint: CheckpointFiles, faults: list[InputError]
 ) -> None:
     """PEFT would write these over the base, for every mode: they must be the base's own bytes."""

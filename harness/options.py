@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "APPLICATION_OPTION",
+    "BENCH_OPTIONS",
     "PROMPT_OPTIONS",
     "RUN_OPTIONS",
     "STACK_OPTIONS",
@@ -25,7 +26,9 @@ __all__ = [
     "add_option",
     "add_options",
     "add_stack_arguments",
+    "batch_sizes",
     "chosen_preset",
+    "random_ranks",
     "spellings",
     "stack_options",
     "with_dashes",
@@ -106,6 +109,17 @@ RUN_OPTIONS: tuple[Option, ...] = (
     ),
 )
 
+BENCH_OPTIONS: tuple[Option, ...] = (
+    Option(flag="--input-tokens", metavar="N", type=int, help="latency: tokens of each prompt"),
+    Option(flag="--output-tokens", metavar="N", type=int, help="latency: new tokens, always all"),
+    Option(flag="--batch-sizes", metavar="N,…", help="latency: rows generated at once"),
+    Option(
+        flag="--random-rank",
+        metavar="NAME=R,…",
+        help="ranks of the random adapters on --base-model random:… (style=16,instruct=64)",
+    ),
+)
+
 APPLICATION_OPTION = Option(
     flag="--application",
     choices=("live", "merged"),
@@ -168,6 +182,40 @@ def stack_options(namespace: Any) -> StackOptions:
             value = bool(value)
         values[field.name] = value
     return StackOptions(**values)
+
+
+def random_ranks(text: str | None) -> dict[str, int] | None:
+    """`style=16,instruct=64` as a mapping; one bare number is every usual adapter's rank.
+
+    Raises:
+        InputError: an entry that is not NAME=R.
+    """
+    from harness.errors import InputError
+    from harness.resolve import RANDOM_RANKS
+
+    if text is None:
+        return None
+    found: dict[str, int] = {}
+    for entry in str(text).split(","):
+        name, equals, rank = entry.strip().rpartition("=")
+        if not rank.isdecimal() or (equals and not name) or name in found:
+            raise InputError(
+                f"{text!r} is not NAME=R,…", where="--random-rank", remedy="write e.g. style=16"
+            )
+        found |= {name: int(rank)} if equals else dict.fromkeys(RANDOM_RANKS, int(rank))
+    return found
+
+
+def batch_sizes(text: str | None) -> tuple[int, ...] | None:
+    """`1,8,32` as numbers; raises `InputError` for anything else."""
+    from harness.errors import InputError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in str(text).split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{text!r} is not N,…", where="--batch-sizes", remedy="write e.g. 1,8,32")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def chosen_preset(namespace: Any, stack: AdapterStack) -> Preset:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,13 +84,14 @@ def check_stack_files(
 def check_adapter_values(
     files: AdapterFiles, faults: list[InputError], *, untrained: bool = False
 ) -> list[str]:
-    """Hold every factor's numbers against what a trained one can be; returns notes."""
+    """Hold every number against what a trained adapter can hold; returns notes."""
     path = files.tensors.path
     zero: set[str] = set()
-    names = [entry.name for pair in files.pairs.values() for entry in (pair.a, pair.b)]
+    factors = {entry.name for pair in files.pairs.values() for entry in (pair.a, pair.b)}
     try:
-        for found in value_ranges(files.tensors, names):
-            if fault := _value_fault(found, MOST_OF_A_FACTOR):
+        for found in value_ranges(files.tensors):
+            most = MOST_OF_A_FACTOR if found.entry.name in factors else math.inf
+            if fault := _value_fault(found, most):
                 faults.append(InputError(fault, where=path, remedy="save or train it again"))
             elif found.zero:
                 zero.add(found.entry.name)

@@ -17,22 +17,45 @@ from harness.checkpoint_files import read_checkpoint
 from harness.config_fields import field_name
 from harness.embedded import embedded_stack_file
 from harness.errors import InputError, combined, gathering, quoted
+from harness.expectation import read_expectation
 from harness.file_kinds import is_there, regular_file
 from harness.fit import check_adapter_on_base, check_adapters_together
 from harness.locating import choose_base, locate_adapters
-from harness.stack import AdapterStack, Base, Mode, default_modes, parse_modes
+from harness.shape import is_random, read_shape
+from harness.stack import (
+    Adapter,
+    AdapterStack,
+    Base,
+    Mode,
+    check_adapter_name,
+    default_modes,
+    parse_modes,
+)
 from harness.strict_json import read_toml
 
-__all__ = ["LOCK_NAME", "NO_LOCK", "StackOptions", "resolve_stack", "stack_from_options"]
+__all__ = [
+    "LOCK_NAME",
+    "NO_LOCK",
+    "RANDOM_RANKS",
+    "StackOptions",
+    "random_stack",
+    "resolve_stack",
+    "stack_from_options",
+]
 
 #: The lock file's name, beside the stack's declaration or in the working directory.
 LOCK_NAME = "stack.lock.json"
 #: What `--lock` takes instead of a file, for no lock at all.
 NO_LOCK = "none"
 _STACK_KEYS = frozenset(
-    {"name", "base", "preset", "adapters", "stops", "modes", "untrained", "parents"}
-)
+    {
+        "name", "base", "preset", "stopping_preset", "adapters", "stops", "modes", "untrained",
+        "parents",
+    }
+)  # fmt: skip
 _STYLE, _INSTRUCT = "style", "instruct"
+#: Adapters of a random base, where none is given: the ranks of a usual two-stage training.
+RANDOM_RANKS: Mapping[str, int] = {_STYLE: 16, _INSTRUCT: 64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +81,18 @@ class StackOptions:
         )  # fmt: skip
 
 
-def stack_from_options(options: StackOptions, *, folder: Path | None = None) -> AdapterStack:
+def stack_from_options(
+    options: StackOptions,
+    *,
+    folder: Path | None = None,
+    random_base: bool = False,
+    random_ranks: Mapping[str, int] | None = None,
+) -> AdapterStack:
     """Resolve *options*; relative paths start from *folder* (the working directory).
+
+    Args:
+        random_base: allow `--base-model random:…`; who measures time allows it.
+        random_ranks: as `random_stack` takes them.
 
     Raises:
         InputError: options that contradict each other, half a pair, or anything that
@@ -68,6 +101,16 @@ def stack_from_options(options: StackOptions, *, folder: Path | None = None) -> 
     here = folder or Path.cwd()
     adapters = _named_adapters(options)
     modes = _split(options.modes)
+    if random_base and options.base_model and is_random(options.base_model):
+        if options.stack_file:
+            raise InputError(
+                "a declared stack and a random base are both given",
+                where="--stack",
+                remedy="give --base-model random:… alone, or with adapters",
+            )
+        return random_stack(
+            options.base_model, adapters=adapters, modes=modes, ranks=random_ranks, folder=here
+        )
     if options.stack_file or not options.named:
         if adapters or options.base_model:
             raise InputError(
@@ -178,6 +221,7 @@ def _declared_stack(file: Path, modes: Sequence[str], trust_remote_code: bool) -
         stack,
         stops=stops,
         preset=_text(declared, "preset", file),
+        stopping_preset=_text(declared, "stopping_preset", file),
         untrained=_untrained(declared.get("untrained", []), stack, file),
         parents=_parents(declared.get("parents", {}), stack, file),
     )
@@ -224,9 +268,10 @@ def _text(declared: Mapping[str, Any], key: str, file: Path) -> str | None:
 
 
 def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
-    forms = 'write "always", "never" or {min_rate = 0.9, max_rate = 1.0}'
     if not isinstance(declared, dict):
-        raise InputError("[stops] is not a table", where=file, remedy=forms)
+        raise InputError(
+            "[stops] is not a table", where=file, remedy='write e.g. stacked = "always"'
+        )
     known = {m.name for m in default_modes([a.name for a in stack.adapters])}
     known |= {m.name for m in stack.modes}
     for mode, expected in declared.items():
@@ -236,16 +281,52 @@ def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
                 where=file,
                 remedy=f"choose from: {', '.join(sorted(known))}",
             )
-        if isinstance(expected, dict):
-            sound = set(expected) <= {"min_rate", "max_rate"} and all(
-                isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1
-                for v in expected.values()
-            )
-        else:
-            sound = expected in ("always", "never")
-        if not sound or not expected:
-            raise InputError(f"[stops] {mode} = {expected!r}", where=file, remedy=forms)
+        read_expectation(expected, where=f"{file}: [stops] {mode}")
     return dict(declared)
+
+
+def random_stack(
+    source: str,
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    modes: Sequence[str] | None = None,
+    ranks: Mapping[str, int] | None = None,
+    folder: Path | None = None,
+) -> AdapterStack:
+    """A stack whose base is a shape filled with random numbers; for measuring time alone.
+
+    Args:
+        source: `random:qwen3-8b` or `random:PATH` (see `harness.shape`).
+        adapters: real folders to put on the shape; without any, random ones are built.
+        ranks: rank by adapter name of the random adapters; `RANDOM_RANKS` if None.
+
+    Raises:
+        InputError: an unknown shape, adapters that cannot be had, a rank below 1.
+    """
+    here = folder or Path.cwd()
+    shape, path = read_shape(source, where="--base-model", folder=here)
+    base = Base(path=path, source=source, chosen_by="--base-model", shape=shape)
+    if adapters:
+        found = locate_adapters(adapters, folder=here)
+    else:
+        found = []
+        for adapter_name, rank in (RANDOM_RANKS if ranks is None else ranks).items():
+            check_adapter_name(adapter_name, where="--random-rank")
+            if rank < 1:
+                raise InputError(
+                    f"{adapter_name}: {rank} is no rank", where="--random-rank", remedy="use 1 up"
+                )
+            label = f"random, rank {rank}"
+            found.append(
+                Adapter(name=adapter_name, path=Path(label), source=label, random_rank=rank)
+            )
+    names = [adapter.name for adapter in found]
+    return AdapterStack(
+        name="+".join([f"random {shape.name}", *names]),
+        base=base,
+        adapters=tuple(found),
+        modes=parse_modes(modes, names) if modes else default_modes(names),
+    )
 
 
 def resolve_stack(
@@ -273,6 +354,12 @@ def resolve_stack(
             for one folder or one content, parts that do not fit. All faults at once.
     """
     here = folder or Path.cwd()
+    if base_model is not None and is_random(str(base_model)):
+        raise InputError(
+            f"{base_model} is random numbers: only its speed means anything",
+            where=base_option,
+            remedy="measure it with lora-stack bench or pytest -m latency; give a checkpoint here",
+        )
     found = locate_adapters(adapters or {}, folder=here)
     faults: list[InputError] = []
     files: dict[str, AdapterFiles] = {}

@@ -1,46 +1,55 @@
-"""Accepted completions: their stored form, how two compare, and the syrupy extension.
+"""Accepted completions: their stored form, and the syrupy extension that keeps them.
 
-One TOML file a case, in which the text is what a person reviews; the token ids decide. syrupy
-holds the assertion and `--snapshot-update`. Knows nothing of engines or of pytest's options.
+One TOML file a case, in which the text is what a person reviews and the token ids decide, and its
+evidence beside it (`harness.evidence`, `harness.snapshot_files`). syrupy holds the assertion and
+`--snapshot-update`; how two compare is given to it (`harness.verdict`). Knows nothing of engines or
+of pytest's options.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tomli_w
 from syrupy.data import SnapshotCollection, SnapshotCollections
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from harness.completion import Completion, GenerationSettings, StopReason
+from harness.digests import combined_digest, text_digest
 from harness.errors import InputError
-from harness.staging import write_text
+from harness.evidence import Evidence, decode_evidence, encode_evidence
+from harness.snapshot_files import Pair, evidence_of, read_pair, write_pair
 from harness.terminal import shown
-from harness.textdiff import word_diff_line
 
 __all__ = [
+    "Found",
     "Snapshot",
     "SnapshotExtension",
-    "differences",
+    "StoredForm",
+    "draft_tokens",
     "read_snapshot",
+    "read_stored",
     "snapshot_extension",
     "snapshot_name",
     "snapshot_of",
+    "stored_form",
     "write_form",
 ]
 
 _HEAD = (
     "# An accepted completion. The tokens decide; `pytest --snapshot-update` accepts a new one.\n"
+    "# What the model thought of each token lies beside it, in the .evidence file.\n"
 )
-_FORM = 1
+_FORM = 2
 _SUFFIX = "toml"
+_LONGEST = 64  # characters of a slug: three of them and a suffix must fit into a file name
+_REMEDY = "restore the file from version control, or accept anew with --snapshot-update"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +57,11 @@ class Snapshot:
     """An accepted completion and the conditions it was made under.
 
     Attributes:
-        made_with: provenance that does not decide (versions, device, dtype, adapters' digests).
+        made_with: provenance: the base's name and architecture, the mode's composition, device,
+            dtype, versions.
+        contents: SHA-256 (hex) of what it was made from: `base`, `adapter_<name>`, `tokenizer`,
+            `template`, `settings`, `prompt` (its token ids).
+        evidence: of each token; None where the engine gives none. Not compared by `==`.
     """
 
     prompt: str
@@ -61,6 +74,8 @@ class Snapshot:
     token_ids: tuple[int, ...]
     settings: Mapping[str, Any]
     made_with: Mapping[str, Any]
+    contents: Mapping[str, str] = field(default_factory=dict)
+    evidence: Evidence | None = field(default=None, compare=False, repr=False)
 
 
 def snapshot_name(preset: str, prompt: str, mode: str) -> str:
@@ -73,13 +88,19 @@ def snapshot_name(preset: str, prompt: str, mode: str) -> str:
 
 def _slug(text: str) -> str:
     slug = re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-") or "x"
-    if slug == text:
+    if slug == text and len(slug) <= _LONGEST:
         return slug
-    return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    slug = slug[:_LONGEST]
+    return f"{slug}-{text_digest(text)[:8]}"
 
 
-def snapshot_of(completion: Completion, made_with: Mapping[str, Any]) -> Snapshot:
+def snapshot_of(
+    completion: Completion,
+    made_with: Mapping[str, Any],
+    contents: Mapping[str, str] | None = None,
+) -> Snapshot:
     """The snapshot that accepting *completion* would store."""
+    settings = _settings(completion.settings)
     return Snapshot(
         prompt=completion.prompt.id,
         prompt_text=completion.prompt.shown,
@@ -89,8 +110,14 @@ def snapshot_of(completion: Completion, made_with: Mapping[str, Any]) -> Snapsho
         stop_reason=completion.stop_reason,
         prompt_token_ids=completion.prompt_token_ids,
         token_ids=completion.token_ids,
-        settings=_settings(completion.settings),
+        settings=settings,
         made_with=dict(made_with),
+        contents={
+            "prompt": text_digest(" ".join(map(str, completion.prompt_token_ids))),
+            "settings": combined_digest({key: repr(value) for key, value in settings.items()}),
+            **(contents or {}),
+        },
+        evidence=completion.evidence,
     )
 
 
@@ -123,28 +150,31 @@ def write_form(snapshot: Snapshot) -> str:
             },
             "settings": dict(snapshot.settings),
             "made_with": {"application": snapshot.application, **snapshot.made_with},
+            "sha256": dict(snapshot.contents),
         },
         multiline_strings=True,
     )
 
 
-def read_snapshot(form: str, *, where: Path | str) -> Snapshot:
+def read_snapshot(form: str, *, where: Path | str, markers: bool = True) -> Snapshot:
     """Read a stored form.
+
+    Args:
+        markers: refuse lines that look like those of a merge conflict.
 
     Raises:
         InputError: not TOML (merge-conflict markers included), or a field is absent or malformed.
     """
-    remedy = "restore the file from version control, or accept anew with --snapshot-update"
 
     def refuse(fault: str) -> InputError:
-        return InputError(fault, where=where, remedy=remedy)
+        return InputError(fault, where=where, remedy=_REMEDY)
 
-    for number, line in enumerate(form.split("\n"), 1):
-        if line.startswith(("<<<<<<< ", ">>>>>>> ")):
+    for number, line in enumerate(form.split("\n") if markers else (), 1):
+        if line.startswith(("<<<<<<< ", ">>>>>>> ", "||||||| ")):
             raise refuse(f"line {number}: a merge-conflict marker")
     try:
         raw = tomllib.loads(form)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(f"is not valid TOML: {error}") from error
     if raw.get("form") != _FORM:
         raise refuse(f"has form {raw.get('form')!r}, this version reads {_FORM}")
@@ -161,6 +191,7 @@ def read_snapshot(form: str, *, where: Path | str) -> Snapshot:
             token_ids=_ids(raw["tokens"]["completion"]),
             settings=dict(raw["settings"]),
             made_with=made_with,
+            contents={str(key): _text(value) for key, value in dict(raw["sha256"]).items()},
         )
     except KeyError as error:
         raise refuse(f"the field {error.args[0]!r} is missing") from error
@@ -194,77 +225,129 @@ def _ids(value: object) -> tuple[int, ...]:
     return ids
 
 
-def differences(accepted: Snapshot, fresh: Snapshot) -> tuple[str, ...]:
-    """Lines of evidence that *fresh* is not what was accepted; empty if it is.
+class StoredForm(str):
+    """A stored form, as syrupy passes it on: the text, with what belongs to it.
 
-    What was made under other conditions (prompt tokens, settings, mode) is said to be so first;
-    then the first differing token, the stop reason, and the text as a word diff.
+    Attributes:
+        snapshot: what the form says; None where it cannot be read, and `fault` says why.
+        evidence: the encoded evidence.
+        path: where it lies; None for one that is not stored.
     """
-    lines: list[str] = []
-    if accepted.prompt_token_ids != fresh.prompt_token_ids:
-        lines.append(
-            "incomparable: the prompt's token ids differ "
-            f"({len(accepted.prompt_token_ids)} accepted, {len(fresh.prompt_token_ids)} now); "
-            "the prompt, tokenizer or chat template changed"
-        )
-    for key in sorted({*accepted.settings, *fresh.settings}):
-        then, now = accepted.settings.get(key), fresh.settings.get(key)
-        if then != now:
-            lines.append(f"incomparable: the setting {key} was {then!r}, is {now!r}")
-    if accepted.mode != fresh.mode:
-        lines.append(f"incomparable: the mode was {accepted.mode!r}, is {fresh.mode!r}")
-    if accepted.token_ids == fresh.token_ids and accepted.stop_reason == fresh.stop_reason:
-        return tuple(lines)
-    first = next(
-        (
-            place
-            for place, (then, now) in enumerate(
-                zip(accepted.token_ids, fresh.token_ids, strict=False)
+
+    snapshot: Snapshot | None
+    fault: InputError | None
+    evidence: bytes
+    path: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        *,
+        snapshot: Snapshot | None = None,
+        fault: InputError | None = None,
+        evidence: bytes = b"",
+        path: Path | None = None,
+    ) -> Self:
+        form = cls(text)
+        form.snapshot, form.fault, form.evidence, form.path = snapshot, fault, evidence, path
+        return form
+
+
+#: What lies where a snapshot would: the snapshot, nothing, or why it cannot be read.
+Found = Snapshot | InputError | None
+
+
+def stored_form(snapshot: Snapshot) -> StoredForm:
+    """What accepting *snapshot* writes.
+
+    Raises:
+        InputError: its log-probabilities are no numbers: such a model has nothing to accept.
+    """
+    evidence = b""
+    if snapshot.evidence is not None:
+        if not snapshot.evidence.finite:
+            raise InputError(
+                "the model's log-probabilities are not finite: there is nothing to accept",
+                where=f"{snapshot.prompt} in mode {snapshot.mode}",
+                remedy="look for NaN or inf in the weights: lora-stack verify",
             )
-            if then != now
-        ),
-        min(len(accepted.token_ids), len(fresh.token_ids)),
-    )
-    lines.append(
-        f"token {first + 1} is the first that differs: "
-        f"{_token(accepted.token_ids, first)} accepted, {_token(fresh.token_ids, first)} now"
-    )
-    lines.append(
-        f"stop reason: {accepted.stop_reason} after {len(accepted.token_ids)} tokens accepted, "
-        f"{fresh.stop_reason} after {len(fresh.token_ids)} now"
-    )
-    for key in sorted({*accepted.made_with, *fresh.made_with}):
-        then, now = accepted.made_with.get(key), fresh.made_with.get(key)
-        if then != now:
-            lines.append(f"{key}: {then} accepted, {now} now")
-    if accepted.text != fresh.text:
-        lines += ["text:", *shown(word_diff_line(accepted.text, fresh.text)).split("\n")]
-    else:
-        lines.append("the text is the same")
-    return tuple(lines)
+        evidence = encode_evidence(snapshot.evidence, snapshot.token_ids)
+    return StoredForm.of(write_form(snapshot), snapshot=snapshot, evidence=evidence)
 
 
-def _token(ids: tuple[int, ...], place: int) -> str:
-    return str(ids[place]) if place < len(ids) else "the end"
+def read_stored(path: Path) -> StoredForm | None:
+    """The snapshot at *path* with its evidence; None when there is none.
+
+    Never raises for what a file can hold: the form's `fault` says what is wrong, and where.
+    """
+    try:
+        pair = read_pair(path)
+    except InputError as error:
+        return StoredForm.of("", fault=error, path=path)
+    if pair.text is None:
+        return None
+    text = pair.text.decode("utf-8", "replace")
+    try:
+        snapshot, evidence = _joined(pair, text, path)
+    except InputError as error:
+        return StoredForm.of(text, fault=error, path=path)
+    return StoredForm.of(text, snapshot=snapshot, evidence=evidence, path=path)
+
+
+def _joined(pair: Pair, text: str, path: Path) -> tuple[Snapshot, bytes]:
+    try:
+        data = evidence_of(pair, where=path)
+    except InputError:
+        read_snapshot(text, where=path)  # what is wrong with the text itself says more
+        raise
+    # It is what was written, so a line that looks like a conflict's marker is the completion's.
+    snapshot = read_snapshot(text, where=path, markers=False)
+    if not data:
+        return snapshot, data
+    try:
+        evidence = decode_evidence(data, snapshot.token_ids)
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise InputError(f"its evidence is damaged: {error}", where=path, remedy=_REMEDY) from error
+    return replace(snapshot, evidence=evidence), data
+
+
+def draft_tokens(path: Path) -> tuple[int, ...] | None:
+    """The accepted token ids at *path*, to be tried as a draft; None if there are none to be had.
+
+    Whatever is wrong with the rest of the file is the verdict's to say.
+    """
+    try:
+        return read_snapshot(path.read_bytes().decode("utf-8", "replace"), where=path).token_ids
+    except (OSError, InputError):
+        return None
+
+
+#: Judges a fresh snapshot against what lies at a path; lines if it does not pass.
+Judge = Callable[[Path, Found, Snapshot], tuple[str, ...]]
 
 
 class SnapshotExtension(SingleFileSnapshotExtension):
     """syrupy's store for completions: `<root>/<test module>/<case>.toml`, one file a case.
 
-    Made for a root and a provenance by `snapshot_extension`. syrupy's own search for unused
-    snapshots is off: with `-k` or `-m` it would count deselected cases as unused, and
-    `--snapshot-update` would delete them.
+    Made by `snapshot_extension`. syrupy's own search for unused snapshots is off: with `-k` or `-m`
+    it would count deselected cases as unused, and `--snapshot-update` would delete them.
     """
 
     _write_mode = WriteMode.TEXT
     file_extension = _SUFFIX
     root: Path = Path("snapshots")
-    made_with: Mapping[str, Any] = {}
+    taken: Callable[[Completion], Snapshot]
+    judge: Judge
 
     def serialize(self, data: Any, **_: Any) -> str:
         if not isinstance(data, Completion):
             raise TypeError(f"a completion snapshot holds a Completion, not {type(data).__name__}")
-        return write_form(snapshot_of(data, self.made_with))
+        snapshot = type(self).taken(data)
+        try:
+            return stored_form(snapshot)
+        except InputError as error:
+            return StoredForm.of(write_form(snapshot), snapshot=snapshot, fault=error)
 
     def matches(self, *, serialized_data: Any, snapshot_data: Any) -> bool:
         return not self._lines(serialized_data, snapshot_data)
@@ -272,13 +355,13 @@ class SnapshotExtension(SingleFileSnapshotExtension):
     def diff_lines(self, serialized_data: Any, snapshot_data: Any) -> Iterator[str]:
         yield from self._lines(serialized_data, snapshot_data)
 
-    def _lines(self, serialized_data: Any, snapshot_data: Any) -> tuple[str, ...]:
-        fresh = read_snapshot(str(serialized_data), where="the completion")
-        try:
-            accepted = read_snapshot(str(snapshot_data), where="the snapshot")
-        except InputError as error:
-            return (f"unreadable: {error}",)
-        return differences(accepted, fresh)
+    def _lines(self, serialized_data: StoredForm, snapshot_data: str) -> tuple[str, ...]:
+        assert serialized_data.snapshot is not None
+        if not isinstance(snapshot_data, StoredForm):  # syrupy's empty text: nothing is accepted
+            return ("missing: nothing is accepted yet; now:", shown(serialized_data.snapshot.text))
+        assert snapshot_data.path is not None
+        accepted = snapshot_data.fault or snapshot_data.snapshot
+        return type(self).judge(snapshot_data.path, accepted, serialized_data.snapshot)
 
     @classmethod
     def dirname(cls, *, test_location: Any) -> str:
@@ -299,13 +382,14 @@ class SnapshotExtension(SingleFileSnapshotExtension):
     @classmethod
     def write_snapshot(cls, *, snapshot_location: str, snapshots: Any, **_: Any) -> None:
         for data, _location, _index in snapshots:
-            write_text(Path(snapshot_location), str(data))
+            if data.fault is not None:
+                raise data.fault
+            write_pair(Path(snapshot_location), str(data).encode("utf-8"), data.evidence)
 
-    def read_snapshot_data_from_location(self, *, snapshot_location: str, **_: Any) -> str | None:
-        try:
-            return Path(snapshot_location).read_bytes().decode("utf-8", "replace")
-        except FileNotFoundError:
-            return None
+    def read_snapshot_data_from_location(
+        self, *, snapshot_location: str, **_: Any
+    ) -> StoredForm | None:
+        return read_stored(Path(snapshot_location))
 
     def discover_snapshots(self, **_: Any) -> SnapshotCollections:
         return SnapshotCollections()
@@ -314,10 +398,17 @@ class SnapshotExtension(SingleFileSnapshotExtension):
         return SnapshotCollection(location=snapshot_location)
 
 
-def snapshot_extension(root: Path, made_with: Mapping[str, Any]) -> type[SnapshotExtension]:
-    """The extension for a snapshots folder, stamping *made_with* into what it writes."""
+def snapshot_extension(
+    root: Path, taken: Callable[[Completion], Snapshot], judge: Judge
+) -> type[SnapshotExtension]:
+    """The extension for a snapshots folder.
+
+    Args:
+        taken: makes the snapshot of a completion, stamping it with its provenance.
+        judge: compares it with what is accepted.
+    """
     return type(
         "CompletionSnapshotExtension",
         (SnapshotExtension,),
-        {"root": root, "made_with": dict(made_with)},
+        {"root": root, "taken": staticmethod(taken), "judge": staticmethod(judge)},
     )

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.errors import InputError
+from harness.shape import Shape
 
 __all__ = [
     "BASE_MODE",
@@ -43,8 +45,8 @@ _MODULE_DICT_NAMES = frozenset(
         "register_full_backward_pre_hook", "register_load_state_dict_post_hook",
         "register_load_state_dict_pre_hook", "register_module", "register_parameter",
         "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_",
-        "set_extra_state", "set_submodule", "share_memory", "smart_apply", "state_dict", "to", "to_empty",
-        "train", "training", "type", "update", "values", "xpu", "zero_grad",
+        "set_extra_state", "set_submodule", "share_memory", "smart_apply", "state_dict", "to",
+        "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
     }
 )  # fmt: skip
 _RESERVED_NAMES = frozenset({BASE_MODE, STACKED_MODE, "all", "none", "default_mode"})
@@ -59,12 +61,15 @@ class Adapter:
         path: the local folder that holds `adapter_config.json`.
         source: what the user gave: the path as written, or `org/name@revision`.
         revision: the resolved commit of a hub id, otherwise None.
+        random_rank: the rank of an adapter that is random numbers and lies in no folder (*path*
+            then names nothing); None for every other.
     """
 
     name: str
     path: Path
     source: str
     revision: str | None = None
+    random_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +81,14 @@ class Base:
         source: what the user or the adapter config gave.
         chosen_by: which rule won, in words (`--base-model`, `adapter_config.json of style`, …).
         revision: the resolved commit of a hub id, otherwise None.
+        shape: what to build when the base is random numbers (`random:…`); None for a checkpoint.
     """
 
     path: Path
     source: str
     chosen_by: str
     revision: str | None = None
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +122,11 @@ class AdapterStack:
 
     Attributes:
         name: what reports call the stack.
-        stops: the declared expectation a mode: `"always"`, `"never"`, or
-            `{"min_rate": float, "max_rate": float}` (shares of completions that end in EOS).
+        stops: the declared expectation a mode, as `harness.expectation.read_expectation` takes it:
+            `"always"`, `"never"`, or a table such as `{"min_rate": float, "max_rate": float}`
+            (shares of completions that end in EOS).
         preset: the preset that the stack's declaration names, if any.
+        stopping_preset: the one whose prompts stopping is judged on; rates need many prompts.
         untrained: adapters that may change nothing, by declaration.
         parents: by adapter, those it was trained on top of, by declaration.
         lock: the lock file that the stack's files are held against, if there is one.
@@ -127,8 +136,15 @@ class AdapterStack:
     base: Base
     adapters: tuple[Adapter, ...] = ()
     modes: tuple[Mode, ...] = ()
-    stops: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
+    stops: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
     preset: str | None = None
+    stopping_preset: str | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether the base is a shape filled with random numbers: only its speed means anything."""
+        return self.base.shape is not None
+
     untrained: tuple[str, ...] = ()
     parents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lock: Path | None = None

@@ -6,18 +6,17 @@ the worst one stands for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from harness.completion import Completion, StopReason
+from harness.completion import Completion
 
 __all__ = [
     "Outcome",
     "Verdict",
     "judge_effect",
-    "judge_stopping",
     "overall",
 ]
 
@@ -71,54 +70,6 @@ def overall(verdicts: Iterable[Verdict]) -> Outcome:
     order = list(Outcome)
     found = [verdict.outcome for verdict in verdicts]
     return max(found, key=order.index) if found else Outcome.UNDECIDED
-
-
-def judge_stopping(
-    mode: str, expected: str | Mapping[str, float], completions: Sequence[Completion]
-) -> Verdict:
-    """Hold the share of completions that the model itself ended against the declared one.
-
-    Args:
-        expected: `"always"` (every completion), `"never"` (none), or bounds of the share,
-            `{"min_rate": …, "max_rate": …}`.
-    """
-    lowest, highest = _bounds(expected)
-    total = len(completions)
-    stopped = sum(completion.stopped for completion in completions)
-    name = f"stopping: {mode}"
-    if total == 0:
-        return Verdict(name=name, outcome=Outcome.UNDECIDED, evidence=("no completion",))
-    rate = stopped / total
-    evidence = [f"{stopped} of {total} stopped; declared: {_declared(expected)}"]
-    if lowest <= rate <= highest:
-        return Verdict(name=name, outcome=Outcome.HELD, evidence=tuple(evidence))
-    offenders = [c for c in completions if c.stopped == (rate > highest)]
-    for completion in offenders[:3]:
-        how = "ended with EOS" if completion.stopped else f"ended by {completion.stop_reason}"
-        evidence.append(f"{completion.prompt.id}: {how} after {len(completion.token_ids)} tokens")
-    out_of_room = any(c.stop_reason is StopReason.LENGTH for c in offenders)
-    return Verdict(
-        name=name,
-        outcome=Outcome.FAILED,
-        evidence=tuple(evidence),
-        remedy="raise --max-new-tokens, or check the EOS ids in generation_config.json and that "
-        "EOS was in the training loss"
-        if out_of_room
-        else "check the EOS ids in generation_config.json, or mend [stops] in the stack's TOML",
-    )
-
-
-def _bounds(expected: str | Mapping[str, float]) -> tuple[float, float]:
-    if isinstance(expected, str):
-        return (1.0, 1.0) if expected == "always" else (0.0, 0.0)
-    return expected.get("min_rate", 0.0), expected.get("max_rate", 1.0)
-
-
-def _declared(expected: str | Mapping[str, float]) -> str:
-    if isinstance(expected, str):
-        return expected
-    low, high = _bounds(expected)
-    return f"{low:.0%} to {high:.0%}"
 
 
 def judge_effect(name: str, first: Sequence[Completion], second: Sequence[Completion]) -> Verdict:

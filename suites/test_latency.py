@@ -1,4 +1,8 @@
-"""How long does each mode take? On a CPU a smoke at a tiny length; `-m gpu` measures."""
+"""How long does each mode take? On a CPU a smoke at a tiny length; `-m gpu` measures.
+
+pytest-benchmark keeps the results: `--benchmark-json=FILE`, then `lora-stack bench --results FILE
+--against …` judges them.
+"""
 
 import pytest
 
@@ -6,34 +10,26 @@ pytestmark = pytest.mark.latency
 
 
 @pytest.fixture
-def measure(benchmark, lora_engine, lora_preset, lora_mode):
-    from dataclasses import replace
+def assert_measured(benchmark, lora_measured, lora_cell):
+    def check():
+        result = lora_measured(benchmark)
+        assert result.key == lora_cell.key
+        assert result.itl_s["p50"] <= result.itl_s["p90"] <= result.itl_s["p99"]
+        for ttft, tpot, whole in zip(*result.rounds.values(), strict=True):
+            # The clock of the device and the host's agree on what a generation is made of.
+            assert 0 < ttft < whole
+            assert ttft + tpot * (lora_cell.output_tokens - 1) <= whole * 1.01 + 1e-4
 
-    def run(*, new_tokens, rounds):
-        settings = replace(lora_preset.settings, max_new_tokens=new_tokens)
-
-        def generate():
-            return lora_engine.generate(lora_preset.prompts, lora_mode, settings)
-
-        completions = benchmark.pedantic(generate, rounds=rounds, warmup_rounds=1)
-        benchmark.group = "generate"
-        benchmark.extra_info.update(
-            mode=lora_mode.name,
-            device=lora_engine.device,
-            dtype=lora_engine.dtype,
-            prompts=len(completions),
-            new_tokens=sum(len(completion.token_ids) for completion in completions),
-        )
-        return completions
-
-    return run
+    return check
 
 
-def test_generation_smoke(measure, lora_preset):
-    assert len(measure(new_tokens=4, rounds=2)) == len(lora_preset.prompts)
+def test_generation_is_timed(assert_measured, lora_latency):
+    if lora_latency.measurer.device.startswith("cuda"):
+        pytest.skip("measured by test_generation_is_timed_on_the_gpu (-m gpu)")
+    assert_measured()
 
 
 @pytest.mark.gpu
-def test_generation_on_the_gpu(measure, lora_preset, lora_engine):
-    assert lora_engine.device.startswith("cuda"), "the stack was loaded elsewhere: see --device"
-    assert len(measure(new_tokens=64, rounds=10)) == len(lora_preset.prompts)
+def test_generation_is_timed_on_the_gpu(assert_measured, lora_latency):
+    assert lora_latency.measurer.device.startswith("cuda"), "loaded elsewhere: see --device"
+    assert_measured()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from harness.analysis.figures import ModuleFigures
+from harness.analysis.modules import ModuleFigures
 from harness.analysis.reading import AnalysedPair
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
@@ -45,6 +45,8 @@ def count_intruders(
     """
     dense = weight.to(torch.float64).numpy()
     changed = dense + analysed.pair.delta().numpy()
+    if analysed.pair.transposed:  # stored as (in, out): output directions are the right ones
+        dense, changed = dense.T, changed.T
     base_left = np.linalg.svd(dense, full_matrices=False)[0]
     left = np.linalg.svd(changed, full_matrices=False)[0][:, :top]
     nearest = np.abs(base_left.T @ left).max(axis=0)

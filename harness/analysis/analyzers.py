@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from harness.analysis.comparison import ComparisonFigures
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.running import analyze, compare, draw
-from harness.analysis.writing import Section, write_report
+from harness.analysis.sections import (
+    Section,
+    benchmark_section,
+    latency_section,
+    merge_section,
+    outputs_section,
+    run_sections,
+)
+from harness.analysis.writing import findings_of, summary_table, write_report
 from harness.errors import InputError
 from harness.staging import new_run_folder
 
@@ -199,44 +207,44 @@ class UnifiedAnalyzer:
     ) -> MergeReport:
         """As the function; how it went becomes part of the report."""
         report = self._analyzer.merge_adapters(base_model, adapters, output, **options)
-        lines = [line.removeprefix("- ") for line in report.summary()]
-        rows = (
-            ("output", report.output),
-            ("strategy", report.strategy),
-            ("dtype", report.dtype),
-            ("bytes written", report.bytes_written),
-            *(("result", line) for line in (*lines, *report.notes)),
-        )
-        self._sections.append(Section(title="Merge", text="", head=("what", "value"), rows=rows))
+        self._sections.append(merge_section(report))
         return report
 
-    def add_mode_outputs(self, completions: Mapping[str, Iterable[Completion]]) -> None:
-        """Put what each mode said, by mode, into the report."""
-        rows = tuple(
-            (mode, c.prompt.id, c.text, c.stop_reason.value, len(c.token_ids))
-            for mode, said in completions.items()
-            for c in said
-        )
-        self._sections.append(
-            Section(
-                title="What each mode says",
-                text="",
-                head=("mode", "prompt", "completion", "stopped by", "tokens"),
-                rows=rows,
-            )
-        )
+    def add_mode_outputs(self, outputs: Mapping[str, Iterable[Completion]] | Source) -> None:
+        """Put what each mode said into the report.
 
-    def add_latency(self, results: Mapping[str, Mapping[str, float]]) -> None:
-        """Put latency figures into the report: a row each, `{"stacked": {"ttft_ms": 31.0}}`."""
-        columns = tuple(dict.fromkeys(key for row in results.values() for key in row))
-        rows = tuple((name, *(row.get(key) for key in columns)) for name, row in results.items())
-        self._sections.append(Section(title="Latency", text="", head=("what", *columns), rows=rows))
+        Args:
+            outputs: completions by mode; or the folder of a `lora-stack run`, whose verdicts and
+                modes come along.
+
+        Raises:
+            InputError: no report of a run there.
+        """
+        if isinstance(outputs, Mapping):
+            self._sections.append(outputs_section(outputs))
+        else:
+            self._sections.extend(run_sections(Path(outputs)))
+
+    def add_latency(self, results: Mapping[str, Mapping[str, float]] | Source) -> None:
+        """Put latency figures into the report.
+
+        Args:
+            results: a row each, `{"stacked": {"ttft_ms": 31.0}}`; or a file of `lora-stack bench`
+                or of `pytest --benchmark-json`.
+
+        Raises:
+            InputError: no results there.
+        """
+        if isinstance(results, Mapping):
+            self._sections.append(latency_section(results))
+        else:
+            self._sections.append(benchmark_section(Path(results)))
 
     def generate_report(self, *, plots: bool = True) -> Path:
-        """Write one report over the widest analysis and all else that was gathered.
+        """Write one report over all that was gathered; returns the new folder.
 
-        A comparison holds its adapters' own figures, so the last comparison stands for them;
-        without one, the last single analysis does. Returns the new folder.
+        The last comparison leads, with its plots, and holds its adapters' own figures; without
+        one, the last single analysis does. Whatever else was analysed has a table of its own.
 
         Raises:
             InputError: no adapter has been analysed or compared yet.
@@ -253,5 +261,35 @@ class UnifiedAnalyzer:
             chosen,
             new_run_folder(self.output_dir),
             plots=(draw(chosen) or ()) if plots else (),
-            sections=self._sections,
+            sections=[*_others(self._figures, chosen), *self._sections],
         )
+
+
+def _others(
+    gathered: Sequence[AdapterFigures | ComparisonFigures],
+    chosen: AdapterFigures | ComparisonFigures,
+) -> list[Section]:
+    """A table for each analysis that the *chosen* one does not hold, the latest of a source."""
+
+    def sources(figures: AdapterFigures | ComparisonFigures) -> tuple[str, ...]:
+        adapters = figures.adapters if isinstance(figures, ComparisonFigures) else (figures,)
+        return tuple(adapter.source for adapter in adapters)
+
+    latest = {sources(figures): figures for figures in gathered}
+    shown = sources(chosen)
+    sections = []
+    for names, figures in latest.items():
+        if names == shown or (len(names) == 1 and names[0] in shown):
+            continue
+        head, rows = summary_table(figures)
+        title = " and ".join(
+            adapter.name
+            for adapter in (
+                figures.adapters if isinstance(figures, ComparisonFigures) else (figures,)
+            )
+        )
+        text = " ".join(finding.text for finding in findings_of(figures))
+        sections.append(
+            Section(title=title, text=text, head=tuple(head), rows=tuple(map(tuple, rows)))
+        )
+    return sections

@@ -14,14 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.adapter_config import natural_order
-from harness.analysis.figures import (
-    AdapterFigures,
-    ModuleFigures,
-    adapter_figures,
-    kind_of,
-    layer_of,
-)
+from harness.analysis.figures import AdapterFigures, adapter_figures
 from harness.analysis.merge_preview import MergeSums, StrategyFigures, merge_sums, strategy_figures
+from harness.analysis.modules import ModuleFigures, grouped, kind_of, layer_name, layer_of
 from harness.analysis.overlap import PairFigures, join_module, pair_figures
 from harness.analysis.reading import AnalysedAdapter, AnalysedPair
 from harness.analysis.spectrum import one_thread
@@ -145,9 +140,7 @@ def compare_adapters(
                 found[i, j].append(
                     pair_figures(joint, p, q, kind=kind_of(module), layer=layer_of(module))
                 )
-    by_layer: dict[str, list[Mapping[str, MergeSums]]] = {}
-    for module, module_sums in sums.items():
-        by_layer.setdefault(_layer_name(layer_of(module)), []).append(module_sums)
+    by_layer = grouped(sums, lambda module: layer_name(layer_of(module)))
     return ComparisonFigures(
         adapters=tuple(alone),
         pairs=tuple(
@@ -156,7 +149,8 @@ def compare_adapters(
         ),
         strategies=strategy_figures(names, sums.values(), weights),
         layer_strategies={
-            layer: strategy_figures(names, parts, weights) for layer, parts in by_layer.items()
+            layer: strategy_figures(names, [sums[module] for module in members], weights)
+            for layer, members in by_layer.items()
         },
     )
 
@@ -179,10 +173,6 @@ def _check_shapes(
                 )
 
 
-def _layer_name(layer: int | None) -> str:
-    return "outside the layers" if layer is None else str(layer)
-
-
 def _adapter_pair(
     first: str,
     second: str,
@@ -190,11 +180,8 @@ def _adapter_pair(
     in_first: set[str],
     in_second: set[str],
 ) -> AdapterPair:
-    layers: dict[str, list[PairFigures]] = {}
-    kinds: dict[str, list[PairFigures]] = {}
-    for module in modules:
-        layers.setdefault(_layer_name(module.layer), []).append(module)
-        kinds.setdefault(module.kind, []).append(module)
+    layers = grouped(modules, lambda module: layer_name(module.layer))
+    kinds = grouped(modules, lambda module: module.kind)
     return AdapterPair(
         first=first,
         second=second,

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.findings import Finding, Level, adapter_findings, layer_ranges
 from harness.analysis.merge_preview import StrategyFigures
+from harness.analysis.modules import grouped
 from harness.analysis.overlap import PairFigures
 
 __all__ = ["comparison_findings"]
@@ -64,10 +65,9 @@ def _sharing(pair: AdapterPair) -> list[Finding]:
 
 
 def _by_kind(modules: Iterable[PairFigures]) -> list[tuple[str, list[PairFigures]]]:
-    kinds: dict[str, list[PairFigures]] = {}
-    for module in modules:
-        kinds.setdefault(module.kind, []).append(module)
-    return sorted(kinds.items(), key=lambda item: -len(item[1]))
+    """The module types with the most of *modules* first, no more than are worth a line."""
+    kinds = grouped(modules, lambda module: module.kind)
+    return sorted(kinds.items(), key=lambda item: -len(item[1]))[:_SHOWN]
 
 
 def _cosines(pair: AdapterPair) -> list[Finding]:
@@ -79,7 +79,7 @@ def _cosines(pair: AdapterPair) -> list[Finding]:
         if abs(m.cosine) > max(_COSINE_LEAST, _COSINE_TIMES * m.cosine_by_chance)
     ]
     found = []
-    for kind, members in _by_kind(aligned)[:_SHOWN]:
+    for kind, members in _by_kind(aligned):
         top = max(members, key=lambda m: abs(m.cosine))
         direction = "adds to" if top.cosine > 0 else "works against"
         found.append(
@@ -119,7 +119,7 @@ def _overlaps(pair: AdapterPair) -> list[Finding]:
             for m in pair.modules
             if overlap(m) > max(_OVERLAP_LEAST, _OVERLAP_TIMES * chance(m)) and chance(m) < 1
         ]
-        for kind, members in _by_kind(high)[:_SHOWN]:
+        for kind, members in _by_kind(high):
             top = max(members, key=overlap)
             found.append(
                 Finding(

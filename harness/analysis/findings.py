@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from harness.analysis.figures import AdapterFigures, ModuleFigures
+from harness.analysis.figures import AdapterFigures
+from harness.analysis.modules import ModuleFigures, grouped
 
 __all__ = ["Finding", "Level", "adapter_findings", "layer_ranges", "places"]
 
@@ -54,13 +55,13 @@ def layer_ranges(layers: Iterable[int | None]) -> str:
 
 def places(modules: Sequence[ModuleFigures], *, most: int = 4) -> str:
     """`q_proj in layers 2–5; o_proj in layer 7`, the fullest kinds first."""
-    kinds: dict[str, list[int | None]] = {}
-    for module in modules:
-        kinds.setdefault(module.kind, []).append(module.layer)
+    kinds = grouped(modules, lambda module: module.kind)
     ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
     words = [
-        kind if all(layer is None for layer in layers) else f"{kind} in {layer_ranges(layers)}"
-        for kind, layers in ordered[:most]
+        kind
+        if all(member.layer is None for member in members)
+        else f"{kind} in {layer_ranges(member.layer for member in members)}"
+        for kind, members in ordered[:most]
     ]
     if len(ordered) > most:
         words.append(f"{len(ordered) - most} more module types")

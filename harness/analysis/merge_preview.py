@@ -2,8 +2,9 @@
 
 Sums and factor strategies work on the `R × R` cores of `harness.analysis.overlap`, where they are
 exact: those strategies do not care about the basis. Entry strategies (TIES, DARE, DELLA, pruning)
-do; they run on sampled blocks, as if the sample were the whole matrix, and say so. The strategies
-themselves are `harness.merge`'s. Knows nothing of files.
+do; they run on sampled blocks, as if the sample were the whole matrix, and say so. KnOTS stands
+between: it prunes entries, but in a basis of its own for one side, so it runs on sampled columns.
+The strategies themselves are `harness.merge`'s. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = ["MergeSums", "StrategyFigures", "merge_sums", "strategy_figures"]
 
 _BASIS_FREE = ("tsv", "iso_c")
 _BLOCKS = 4
+_COLUMNS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,7 @@ def merge_sums(
     if all(core.norm > 0 for core in joint.cores):
         merged |= {name: _by_factors(name, joint, chosen) for name in _BASIS_FREE}
     found = {name: _sums(core, plain, cores, present, total) for name, core in merged.items()}
+    found["knots"] = _aligned(joint, present, total, chosen)
     return found | _by_entries(joint, present, total, chosen)
 
 
@@ -139,6 +142,35 @@ def _by_entries(
         merged = strategy.entries(arrays, weights, StrategyOptions(), generators)
         found[name] = _sums(torch.from_numpy(merged), plain, samples, present, total, share=share)
     return found
+
+
+def _aligned(
+    joint: JointModule, present: Sequence[int], total: int, weights: Sequence[float]
+) -> MergeSums:
+    """KnOTS aligns the stored matrices' columns in one basis of their rows and prunes by entry:
+    the rows may be in any basis, the columns may not, so whole columns are sampled.
+    """
+    rule = STRATEGIES["knots"].factors
+    assert rule is not None
+    small, wide = [], []
+    for (left, right, scale), pair in zip(joint.factor_cores, joint.pairs, strict=True):
+        small.append(scale * (right.T if pair.transposed else left))
+        wide.append(pair.b.T if pair.transposed else pair.a)
+    length = wide[0].shape[1]
+    places = torch.arange(length)
+    if length > _COLUMNS:
+        seed = zlib.crc32(joint.pairs[0].module.encode())
+        drawn = np.random.default_rng(seed).choice(length, _COLUMNS, replace=False)
+        places = torch.from_numpy(np.sort(drawn))
+    columns = [side.index_select(1, places).to(torch.float64) for side in wide]
+    parts = [left @ right for left, right in zip(small, columns, strict=True)]
+    pairs = [(left.numpy(), right.numpy()) for left, right in zip(small, columns, strict=True)]
+    thin_left, thin_right = rule(pairs, weights, StrategyOptions())
+    plain = torch.stack(parts).sum(dim=0)
+    share = length / _COLUMNS if length > _COLUMNS else None
+    return _sums(
+        torch.from_numpy(thin_left @ thin_right), plain, parts, present, total, share=share
+    )
 
 
 def _truncated(core: Tensor, rank: int) -> Tensor:

@@ -17,7 +17,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from harness.analysis.comparison import AdapterPair, ComparisonFigures
-from harness.analysis.figures import AdapterFigures, ModuleFigures
+from harness.analysis.figures import AdapterFigures
+from harness.analysis.modules import ModuleFigures
 from harness.analysis.overlap import PairFigures
 from harness.drawing import COLOURS, GREY, MISSING, SIGNED, STYLES, Figure, Plot, drawn, plain
 

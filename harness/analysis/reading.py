@@ -110,6 +110,11 @@ def open_adapter(
     notes = list(files.config.not_additive)
     if files.config.rslora:
         notes.append("rsLoRA: the scale is alpha/√r")
+    if any(".base_layer" in module for module in files.pairs):
+        notes.append(
+            "several parameters of one module are adapted; PEFT wraps them in one another and "
+            "calls the inner ones …base_layer"
+        )
     return AnalysedAdapter(
         name=name or _folder_name(found.path if Path(source).exists() else Path(str(source))),
         source=found.source if found.revision is None else f"{found.source} ({found.revision})",

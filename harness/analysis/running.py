@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from harness.analysis.against_base import refine_with_base
 from harness.analysis.comparison import ComparisonFigures, compare_adapters
-from harness.analysis.figures import AdapterFigures, ModuleFigures, adapter_figures
+from harness.analysis.figures import AdapterFigures, adapter_figures
+from harness.analysis.modules import ModuleFigures
 from harness.analysis.reading import AnalysedPair, open_adapter, open_adapters
 from harness.checkpoint_files import read_checkpoint
 from harness.errors import InputError

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.comparison_findings import comparison_findings
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.findings import Finding, adapter_findings
+from harness.analysis.sections import Section
 from harness.page import cell, image_uri, render
 from harness.staging import staged_folder
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "JSON_NAME",
     "SCHEMA",
-    "Section",
     "as_json",
     "findings_of",
     "summary_table",
@@ -42,16 +41,6 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _MARKDOWN_ROWS = 40
 
 Figures = AdapterFigures | ComparisonFigures
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """Something else in the report, such as mode outputs or latency results: one table."""
-
-    title: str
-    text: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
 
 
 def findings_of(figures: Figures) -> list[Finding]:

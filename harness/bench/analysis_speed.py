@@ -1,14 +1,18 @@
 """The algebra of the factors against materialising ΔW, module by module in one run.
 
     python -m harness.bench.analysis_speed [--layers 36] [--rank 64] [--modules q_proj gate_proj]
+        [--count 6] [--no-dense-svd]
 
 Writes random bfloat16 adapters of Qwen3-8B's shape (seven modules a layer) with spectra that fall
 over two decades, then prints, first, the processor time and peak memory of the complete figures
-of one adapter, each measured in a process of its own; then, for each module named, the time of
-the norm, the cosine of two adapters and all singular values, from the factors (one thread, median)
-and from the dense float64 ΔW (all threads, materialising included), with the ratio and the
-relative error between the two. The dense singular values take minutes: `--no-dense-svd` leaves
-them out. Random weights: the time does not depend on their values.
+of one adapter, each measured in a process of its own; then, for modules of each kind named, the
+mean time of the norm, the cosine of two adapters and all singular values, from the factors (one
+thread, median of seven) and from the dense float64 ΔW (materialising included: `s·(B@A)` as PEFT
+does it), with the ratio and the largest relative error between the two. Norms and cosines are set
+against one thread of the dense way, all threads stand beside it; its singular values have all
+threads. Those take minutes: `--no-dense-svd` leaves them out. The error of a cosine is relative to
+it or, where it is smaller, to that of random directions. Random weights: the time depends on the
+values only where ranks cancel, and products are taken again in float64.
 """
 
 from __future__ import annotations
@@ -28,6 +32,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.lora import LoraPair
 
+    _Call = Callable[[LoraPair, LoraPair], Any]
+
+_TIMES = 7
+_SLOW = "singular values"
 _SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096),
     "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096),
@@ -72,59 +80,66 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def compare(one: LoraPair, two: LoraPair, *, dense_svd: bool) -> list[dict[str, Any]]:
-    """Rows of factor against dense, for one module of two adapters."""
+def compare(ones: list[LoraPair], twos: list[LoraPair], *, dense_svd: bool) -> list[dict[str, Any]]:
+    """Rows of factors against dense, over modules of one kind in two adapters."""
     import torch
 
     from harness.analysis import spectrum
 
-    def from_factors(call: Callable[[], Any]) -> tuple[float, Any]:
-        with spectrum.one_thread():
-            call()
-            timed = [_timed(call) for _ in range(7)]
-        return statistics.median(seconds for seconds, _ in timed), timed[-1][1]
-
-    def dense_cosine() -> float:
+    def dense_cosine(one: LoraPair, two: LoraPair) -> float:
         x, y = one.delta(), two.delta()
         return float((x * y).sum() / (x.norm() * y.norm()))
 
-    factors = spectrum.factors_of
-    ways: list[tuple[str, Callable[[], Any], Callable[[], Any], int]] = [
-        ("norm", lambda: spectrum.delta_norm(factors(one)), lambda: float(one.delta().norm()), 3),
-        ("cosine", lambda: spectrum.cosine(one, two), dense_cosine, 3),
-    ]
+    def quick_values(one: LoraPair, _: LoraPair) -> Any:
+        return spectrum.singular_values(spectrum.factors_of(one))
+
+    def dense_values(one: LoraPair, _: LoraPair) -> Any:
+        return torch.linalg.svdvals(one.delta())[: one.rank]
+
+    ways: list[tuple[str, _Call, _Call, int]] = [
+        ("norm", lambda one, _: spectrum.pair_norm(one), lambda one, _: float(one.delta().norm()),
+         len(ones)),
+        ("cosine", spectrum.cosine, dense_cosine, len(ones)),
+    ]  # fmt: skip
     if dense_svd:
-        ways.append(
-            (
-                "singular values",
-                lambda: spectrum.singular_values(factors(one)),
-                lambda: torch.linalg.svdvals(one.delta())[: one.rank],
-                1,
-            )
-        )
+        ways.append((_SLOW, quick_values, dense_values, 1))
     rows = []
-    for what, quick, dense, times in ways:
-        quick_seconds, found = from_factors(quick)
-        timed = [_timed(dense) for _ in range(times)]
-        dense_seconds = statistics.median(seconds for seconds, _ in timed)
-        found, expected = torch.as_tensor(found), torch.as_tensor(timed[-1][1])
-        scale = torch.ones(()) if what == "cosine" else expected.abs()
+    for what, quick, dense, count in ways:
+        pairs = list(zip(ones, twos, strict=True))[:count]
+        quick_seconds = dense_seconds = together = error = 0.0
+        for pair in pairs:
+            one = pair[0]
+            with spectrum.one_thread():
+                quick(*pair)  # first touch of the mapped file
+                timed = [_timed(quick, pair) for _ in range(_TIMES)]
+                quick_seconds += statistics.median(seconds for seconds, _ in timed)
+                # Singular values take minutes: they are given all threads, once.
+                alone, expected = (0.0, None) if what == _SLOW else _timed(dense, pair)
+            all_threads, again = _timed(dense, pair)
+            expected = torch.as_tensor(again if expected is None else expected)
+            dense_seconds += alone or all_threads
+            together += all_threads
+            found = torch.as_tensor(timed[-1][1])
+            chance = (one.b.shape[0] * one.a.shape[1]) ** -0.5 if what == "cosine" else 0.0
+            scale = expected.abs().clamp(min=chance)
+            error = max(error, float(((found - expected).abs() / scale).max()))
         rows.append(
             {
-                "module": one.module,
+                "modules": len(pairs),
                 "what": what,
-                "factors_ms": quick_seconds * 1e3,
-                "dense_ms": dense_seconds * 1e3,
+                "factors_ms": quick_seconds / len(pairs) * 1e3,
+                "dense_ms": dense_seconds / len(pairs) * 1e3,
+                "dense_all_threads_ms": together / len(pairs) * 1e3,
                 "times": dense_seconds / quick_seconds,
-                "largest_error": float(((found - expected).abs() / scale).max()),
+                "largest_error": error,
             }
         )
     return rows
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(call: _Call, pair: tuple[LoraPair, LoraPair]) -> tuple[float, Any]:
     start = time.perf_counter()
-    value = call()
+    value = call(*pair)
     return time.perf_counter() - start, value
 
 
@@ -135,6 +150,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--modules", nargs="*", default=["q_proj", "gate_proj"])
+    parser.add_argument("--count", type=int, default=6, help="modules of a kind, one a layer")
     parser.add_argument("--no-dense-svd", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -161,20 +177,30 @@ def main() -> None:
                 f"processor time, {run['wall_seconds']:.2f} s, peak {run['peak_mib']:.0f} MiB "
                 "with torch"
             )
-        _print_modules(folders, arguments.modules, dense_svd=not arguments.no_dense_svd)
+        _print_modules(
+            folders,
+            arguments.modules,
+            count=arguments.count,
+            dense_svd=not arguments.no_dense_svd,
+        )
 
 
-def _print_modules(folders: list[Path], kinds: list[str], *, dense_svd: bool) -> None:
+def _print_modules(folders: list[Path], kinds: list[str], *, count: int, dense_svd: bool) -> None:
     from harness.adapter_files import read_adapter
 
     files = [read_adapter(folder) for folder in folders]
-    print(f"{'module':<14}{'what':<18}{'factors':>10}{'dense':>14}{'times':>9}{'error':>10}")
+    print(
+        f"{'module':<11}{'of':>3} {'what':<16}{'factors':>10}{'dense':>13}{'all threads':>13}"
+        f"{'times':>8}{'error':>8}"
+    )
     for kind in kinds:
-        module = next(name for name in files[0].pairs if name.endswith(kind))
-        for row in compare(files[0].pair(module), files[1].pair(module), dense_svd=dense_svd):
+        modules = [name for name in files[0].pairs if name.endswith(kind)][:count]
+        ones, twos = ([adapter.pair(name) for name in modules] for adapter in files)
+        for row in compare(ones, twos, dense_svd=dense_svd):
             print(
-                f"{kind:<14}{row['what']:<18}{row['factors_ms']:>7.2f} ms"
-                f"{row['dense_ms']:>11.1f} ms{row['times']:>9,.0f}{row['largest_error']:>10.0e}",
+                f"{kind:<11}{row['modules']:>3} {row['what']:<16}{row['factors_ms']:>7.2f} ms"
+                f"{row['dense_ms']:>10.1f} ms{row['dense_all_threads_ms']:>10.1f} ms"
+                f"{row['times']:>8,.0f}{row['largest_error']:>8.0e}",
                 flush=True,
             )
 

@@ -8,7 +8,8 @@ Knows nothing of files or judgements.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from harness.completion import Prompt
-from harness.engines.inspection import LiveLayer, LiveModel
+from harness.engines.inspection import LiveLayer, LiveModel, bare_model
 
 __all__ = ["DEFAULT_PROMPTS", "Capture", "Probe", "capture", "forward", "probe_ids", "undisturbed"]
 
 #: What a certificate probes with where no prompts are given.
 DEFAULT_PROMPTS = ("The quick brown fox jumps over", "春江潮水连海平，海上明月共潮生。")
-_ROWS = 16
+_ROWS = 8  # of each layer: they are multiplied with the whole weight in float64
 _PROMPT_TOKENS = 48  # of each prompt; the algebra does not change with length
 _RANDOM_TOKENS = 24
+_PADDING = 2  # tokens of padding before the longest row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +46,16 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
-    """What one forward pass gave: a probe a layer that was called, and the logits."""
+    """What one forward pass gave: a probe a layer that was called, and the logits.
+
+    Attributes:
+        rows: the prompts' token ids; `starts[i]` is where row `i` begins behind its padding.
+    """
 
     probes: Mapping[str, Probe]
     logits: Tensor
+    rows: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
 
 
 @contextlib.contextmanager
@@ -98,28 +106,43 @@ def _ids(tokenizer: Any, prompt: Prompt | str) -> list[int]:
     return list(ids)
 
 
-def batched(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask of *rows*, padded with their own first token (never looked at)."""
-    width = max(len(row) for row in rows)
+def batched(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask of *rows*, padded on the left as for generation.
+
+    The longest row is padded as well, so that every row says whether padding is looked at.
+    """
+    width = max(len(row) for row in rows) + _PADDING
     ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
-        here = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[place, here] = torch.tensor(row)
-        mask[place, here] = 1
+        ids[place, width - len(row) :] = torch.tensor(row)
+        mask[place, width - len(row) :] = 1
     return ids, mask
 
 
 def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """The logits, `(rows, width, vocabulary)`, without a cache."""
+    """The logits, `(rows, width, vocabulary)`, without a cache.
+
+    Positions count from the first visible token, as `generate` counts them, where the model's
+    forward takes them (others derive them from the mask).
+    """
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    output = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    options: dict[str, Any] = {}
+    if not bool(mask.all()) and "position_ids" in _parameters(bare_model(model)):
+        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(device)
+    output = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
+    )
     logits: Tensor = output.logits
     return logits
 
 
+def _parameters(model: Any) -> Collection[str]:
+    return inspect.signature(type(model).forward).parameters
+
+
 def capture(live: LiveModel, rows: Sequence[Sequence[int]]) -> Capture:
-    """Run *rows* once (padded on the right) and keep a few rows of every layer's call."""
+    """Run *rows* once (padded on the left) and keep a few rows of every layer's call."""
     ids, mask = batched(rows)
     chosen = _spread(mask.reshape(-1).nonzero().reshape(-1))
     probes: dict[str, dict[str, Tensor]] = {}
@@ -159,6 +182,8 @@ def capture(live: LiveModel, rows: Sequence[Sequence[int]]) -> Capture:
             if "y" in kept
         },
         logits=logits,
+        rows=tuple(tuple(row) for row in rows),
+        starts=tuple(int(ids.shape[1] - len(row)) for row in rows),
     )
 
 

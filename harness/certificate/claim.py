@@ -153,5 +153,14 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
         return False
     if not first.dtype.is_floating_point:
         return torch.equal(first, second)
+    first, second = first.contiguous(), second.contiguous()
+    # Eight bytes at a time: comparing as many small integers takes three times as long.
+    if first.ndim and first.shape[-1] * first.dtype.itemsize % 8 == 0 and _aligned(first, second):
+        return torch.equal(first.view(torch.int64), second.view(torch.int64))
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[first.dtype.itemsize]
-    return torch.equal(first.contiguous().view(bits), second.contiguous().view(bits))
+    return torch.equal(first.view(bits), second.view(bits))
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether each begins at a multiple of eight bytes of its storage, so that it can be viewed."""
+    return all(t.storage_offset() * t.dtype.itemsize % 8 == 0 for t in tensors)

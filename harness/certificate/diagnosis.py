@@ -212,6 +212,12 @@ def _hypotheses(
     if crossed is not None:
         label = "A and B were summed apart (PEFT's `linear`): B·A has cross terms"
         yield label, respond(crossed, x) - claimed
+        # With rsLoRA, PEFT gives the sum alpha = r and scales it once more, by r/√r.
+        root = math.sqrt(crossed.rank)
+        yield (
+            f"{label}, all of it √r = {root:.3g} times too large",
+            (root * respond(crossed, x) - claimed),
+        )
     for place, pair in others:
         for name in active:
             if (pairs[name].a.shape, pairs[name].b.shape) == (pair.a.shape, pair.b.shape):

@@ -1,15 +1,18 @@
 """The whole model against the files: logits of live, flattened and merged applications.
 
-The reference is the live network with every adapted layer's output replaced by what the files
-say, in one forward pass whose rows are the variants: all adapters, none, each left out, and null
-adapters (random factors of the same norm). Nothing of the model is switched, merged or copied.
+One short forward pass whose rows are the variants: all adapters as the files have them, none, each
+left out, null adapters (random factors of the same norm), all merged into the weight, and the live
+layers as they are. Each adapted layer's call is replaced for its duration; nothing of the model is
+switched, merged or copied, and the file's weight is read again only where the live one differs.
 Knows nothing of generation.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +26,19 @@ from harness.engines.inspection import LiveLayer, LiveModel
 from harness.lora import LoraPair, flatten_pairs
 from harness.verdict import Outcome, Verdict
 
-__all__ = ["AGREEMENT", "EFFECT", "check_end_to_end"]
+__all__ = ["AGREEMENT", "EFFECT", "PADDED", "check_end_to_end"]
 
 AGREEMENT = "live, flattened and merged logits"
 EFFECT = "each adapter's effect"
-_TOKENS = 16
+PADDED = "left-padded batch"
+_TOKENS = 4  # of the shortest prompt: every token costs a variant's row in every layer
 _NULLS = 4
 _NULL_RANK = 8  # enough directions for a norm to mean something; drawing more is what costs
+_POOL = 1 << 20
 _TIMES = 4.0  # how far the live logits may be from the flattened ones, in units of the merged ones
 _FLOOR = 16.0  # eps of the logits' spread below which no difference is believed
+_BLOCK = 1 << 18  # elements of a weight that is merged at a time: 1 MiB in float32
+_MERGED, _LIVE = "merged", "live"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +51,18 @@ class _Variant:
 
 
 def check_end_to_end(
-    live: LiveModel, claim: Claim, rows: Sequence[Sequence[int]], seen: Capture
+    live: LiveModel, claim: Claim, seen: Capture, sound: Collection[str]
 ) -> tuple[list[Verdict], dict[str, Any]]:
-    """Agreement of the applications, and each adapter's share in the logits."""
-    row = list(rows[0][:_TOKENS])
+    """Agreement of the applications, each adapter's share in the logits, and padding.
+
+    Args:
+        sound: layers whose live weight is the file's, bit for bit.
+    """
+    number = min(range(len(seen.rows)), key=lambda n: len(seen.rows[n]))
+    row = list(seen.rows[number][:_TOKENS])
     variants = _variants(claim)
     try:
-        flattened = _run(live, claim, [row] * len(variants), _flattened(claim, variants))
-        merged = _run(live, claim, [row], _merged(claim))[0]
+        found = _run(live, claim, row, variants, sound)
     except _OtherShapeError as error:
         undecided = Verdict(
             name=AGREEMENT,
@@ -60,13 +71,14 @@ def check_end_to_end(
             remedy="certify a model whose adapted layers see the prompt's tokens one for one",
         )
         return [undecided], {}
-    logits = dict(zip(variants, flattened, strict=True))
-    now = seen.logits[0, : len(row)].float()
-    agreement, figures = _agreement(now, logits["all"], merged, seen.logits.dtype)
+    logits = dict(zip((*variants, _MERGED, _LIVE), found, strict=True))
+    alone = logits[_LIVE]
+    agreement, figures = _agreement(alone, logits["all"], logits[_MERGED], seen.logits.dtype)
+    padded = _padding(alone, seen, number, figures)
     if not claim.mode.adapters:
-        return [agreement], figures
+        return [agreement, padded], figures
     effect, more = _effects(claim, logits, figures["noise"])
-    return [agreement, effect], figures | more
+    return [agreement, effect, padded], figures | more
 
 
 def _variants(claim: Claim) -> dict[str, _Variant]:
@@ -76,7 +88,7 @@ def _variants(claim: Claim) -> dict[str, _Variant]:
         variants["base"] = _Variant(weights={})
     for name in on:
         variants[f"without {name}"] = _Variant(weights={n: w for n, w in on.items() if n != name})
-        if len(on) > 1:
+        if len(on) > 2:  # of two, each is what is left without the other
             variants[f"only {name}"] = _Variant(weights={name: on[name]})
         for draw in range(_NULLS):
             variants[f"null {draw} for {name}"] = _Variant(weights=on, replaced=name, null=draw)
@@ -87,40 +99,56 @@ class _OtherShapeError(Exception):
     """An adapted layer sees something else than the prompt's tokens."""
 
 
-Replace = Callable[[LiveLayer, Tensor, Tensor], Tensor]
+def _run(
+    live: LiveModel,
+    claim: Claim,
+    row: list[int],
+    variants: Mapping[str, _Variant],
+    sound: Collection[str],
+) -> list[Tensor]:
+    """Logits, `(tokens, vocabulary)` a row: the variants, all merged, and the live layers."""
+    names = dict.fromkeys((*live.lora_layers, *(m for m in claim.modules if m in live.layers)))
+    count = len(variants)
+    replaced: list[tuple[nn.Module, Any]] = []
 
-
-def _run(live: LiveModel, claim: Claim, rows: list[list[int]], replace: Replace) -> list[Tensor]:
-    """Logits, `(tokens, vocabulary)` a row, with every adapted layer's output replaced."""
-    adapted = dict.fromkeys((*live.lora_layers, *(m for m in claim.modules if m in live.layers)))
-    handles = []
-
-    def hook_of(layer: LiveLayer) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            if x.shape[0] != len(rows):
+    def call_of(layer: LiveLayer, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            if x.shape[:2] != (count + 2, len(row)):
                 raise _OtherShapeError(f"{layer.name} is called on {list(x.shape)}")
-            return replace(layer, x, output)
+            now = own(x[count + 1 :], *args, **options)
+            parts = [
+                _flattened(layer, claim, variants, x[:count], _weight(layer, claim, sound)),
+                _merged(layer, claim, x[count : count + 1], _weight(layer, claim, sound)),
+            ]
+            return torch.cat([part.to(now.dtype) for part in parts] + [now])
 
-        return hook
+        return call
 
     try:
-        for name in adapted:
+        for name in names:
             layer = live.layers[name]
-            handles.append(layer.outer.register_forward_hook(hook_of(layer)))
-        ids = torch.tensor(rows)
+            replaced.append((layer.outer, vars(layer.outer).get("forward")))
+            layer.outer.forward = call_of(layer, layer.outer.forward)
+        ids = torch.tensor([row] * (count + 2))
         logits = forward(live.root, ids, torch.ones_like(ids))
     finally:
-        for handle in handles:
-            handle.remove()
-    return [row.float() for row in logits]
+        for module, own in replaced:
+            del module.forward
+            if own is not None:
+                module.forward = own
+    return [logits[number].float() for number in range(count + 2)]
 
 
-def _base(layer: LiveLayer, claim: Claim, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """What the base's layer returns, from the file's weight (or another in its place)."""
-    if weight is None:
-        weight = claim.parts(f"{layer.name}.weight")[0].stored
-    weight = weight.to(layer.weight.device, layer.weight.dtype)
+def _weight(layer: LiveLayer, claim: Claim, sound: Collection[str]) -> Tensor:
+    """The base's weight as the file has it, from memory where that is known to be the same."""
+    if layer.name in sound:
+        return layer.weight
+    stored = claim.parts(f"{layer.name}.weight")[0].stored
+    return stored.to(layer.weight.device, layer.weight.dtype)
+
+
+def _base(layer: LiveLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """What the base's layer returns with *weight*."""
     if layer.kind == "embedding":
         scale = getattr(layer.inner, "embed_scale", None)
         rows = nn.functional.embedding(x, weight)
@@ -129,27 +157,59 @@ def _base(layer: LiveLayer, claim: Claim, x: Tensor, weight: Tensor | None = Non
     return nn.functional.linear(x, turned, layer.bias)
 
 
-def _flattened(claim: Claim, variants: Mapping[str, _Variant]) -> Replace:
+def _flattened(
+    layer: LiveLayer, claim: Claim, variants: Mapping[str, _Variant], x: Tensor, weight: Tensor
+) -> Tensor:
     """Base plus one low-rank path a row, in float32, from the files."""
-    nulls = any(variant.replaced for variant in variants.values())
+    result = _base(layer, x, weight).float()
+    for name, pair in claim.pairs(layer.name).items():
+        rows = {place: v for place, v in enumerate(variants.values()) if v.weights.get(name)}
+        real = [place for place, v in rows.items() if v.replaced != name]
+        if real:
+            factors = torch.tensor([rows[p].weights[name] for p in real], device=x.device)
+            result[real] += factors[:, None, None] * _path(layer, pair, x[real])
+        if len(real) == len(rows):
+            continue
+        norm = _norm(pair.a, pair.b)
+        for place, variant in rows.items():
+            if variant.replaced == name:
+                null = _null(pair, variant.null, norm)
+                result[place] += variant.weights[name] * _path(layer, null, x[place])
+    return result
 
-    def replace(layer: LiveLayer, x: Tensor, output: Tensor) -> Tensor:
-        result = _base(layer, claim, x).float()
-        for name, pair in claim.pairs(layer.name).items():
-            own = _path(layer, pair, x)
-            norm = _norm(pair.a, pair.b) if nulls else 0.0
-            for place, variant in enumerate(variants.values()):
-                weight = variant.weights.get(name, 0.0)
-                if not weight:
-                    continue
-                if variant.replaced == name:
-                    null = _null(pair, variant.null, norm)
-                    result[place] += weight * _path(layer, null, x[place])
-                else:
-                    result[place] += weight * own[place]
-        return result.to(output.dtype)
 
-    return replace
+def _merged(layer: LiveLayer, claim: Claim, x: Tensor, weight: Tensor) -> Tensor:
+    """The deltas added into the weight a block of rows at a time, accumulated in float32."""
+    terms = list(claim.terms(layer.name).values())
+    if not terms:
+        return _base(layer, x, weight)
+    flat = flatten_pairs([(factor, _plain(pair)) for factor, pair in terms])
+    a, b = (factor.to(weight.device, torch.float32) for factor in (flat.a, flat.b))
+    if layer.kind != "linear":
+        a, b = b.T, a.T
+    if layer.kind == "embedding":  # the rows that are looked up are all that is merged
+        ids = x.reshape(-1)
+        looked = torch.addmm(weight[ids].float(), b[ids], a).to(weight.dtype)
+        scale = getattr(layer.inner, "embed_scale", None)
+        rows = looked.reshape(*x.shape, -1)
+        return rows if scale is None else rows * scale
+    step = max(1, _BLOCK // weight.shape[1])
+    room = torch.empty((min(step, weight.shape[0]), weight.shape[1]), device=weight.device)
+    out = []
+    for start in range(0, weight.shape[0], step):
+        block = room[: min(step, weight.shape[0] - start)]
+        here = slice(start, start + len(block))
+        block.copy_(weight[here])
+        merged = block.addmm_(b[here], a).to(weight.dtype)
+        if layer.kind == "linear":
+            bias = None if layer.bias is None else layer.bias[here]
+            out.append(nn.functional.linear(x, merged, bias))
+        else:
+            out.append(x[..., here].float() @ merged.float())
+    if layer.kind == "linear":
+        return torch.cat(out, dim=-1)
+    total = torch.stack(out).sum(dim=0)
+    return total if layer.bias is None else total + layer.bias.float()
 
 
 def _path(layer: LiveLayer, pair: LoraPair, x: Tensor) -> Tensor:
@@ -159,14 +219,28 @@ def _path(layer: LiveLayer, pair: LoraPair, x: Tensor) -> Tensor:
 
 
 def _null(pair: LoraPair, draw: int, norm: float) -> LoraPair:
-    """Random factors whose product has the norm of the pair's (and a rank of its or a few)."""
-    seed = (sum(pair.module.encode()) * 1009 + draw * 7919 + pair.rank) % (1 << 31)
-    generator = torch.Generator().manual_seed(seed)
+    """Random factors whose product has the norm of the pair's (and a rank of its or a few).
+
+    They are cut out of one pool of normal numbers: drawing fresh ones took longer than using them.
+    """
     rank = min(pair.rank, _NULL_RANK)
-    a = torch.randn((rank, pair.a.shape[1]), generator=generator)
-    b = torch.randn((pair.b.shape[0], rank), generator=generator)
+    shapes = ((rank, pair.a.shape[1]), (pair.b.shape[0], rank))
+    place = zlib.crc32(f"{pair.module} {pair.rank} {draw}".encode())
+    factors = []
+    for shape in shapes:
+        size = math.prod(shape)
+        pool = _pool(max(_POOL, 1 << (2 * size).bit_length()))
+        place = (place * 1103515245 + 12345) % (1 << 31)
+        start = place % (len(pool) - size)
+        factors.append(pool[start : start + size].reshape(shape))
+    a, b = factors
     own = _norm(a, b)
     return LoraPair(module=pair.module, a=a, b=b * (norm / own if own else 0.0), scale=pair.scale)
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 def _norm(a: Tensor, b: Tensor) -> float:
@@ -174,25 +248,6 @@ def _norm(a: Tensor, b: Tensor) -> float:
     a, b = a.float(), b.float()
     gram = ((a @ a.T) * (b.T @ b)).double()
     return math.sqrt(max(0.0, float(gram.sum())))
-
-
-def _merged(claim: Claim) -> Replace:
-    """The deltas added into the file's weight, accumulated in float32 and rounded once."""
-
-    def replace(layer: LiveLayer, x: Tensor, output: Tensor) -> Tensor:
-        terms = list(claim.terms(layer.name).values())
-        stored = claim.parts(f"{layer.name}.weight")[0].stored
-        if not terms:
-            return _base(layer, claim, x).to(output.dtype)
-        device = layer.weight.device
-        flat = flatten_pairs([(factor, _plain(pair)) for factor, pair in terms])
-        a, b = flat.a.to(device, torch.float32), flat.b.to(device, torch.float32)
-        if layer.kind != "linear":
-            a, b = b.T, a.T
-        weight = torch.addmm(stored.to(device, torch.float32), b, a)
-        return _base(layer, claim, x, weight).to(output.dtype)
-
-    return replace
 
 
 def _plain(pair: LoraPair) -> LoraPair:
@@ -242,6 +297,26 @@ def _agreement(
     )
 
 
+def _padding(alone: Tensor, seen: Capture, number: int, figures: Mapping[str, Any]) -> Verdict:
+    """The shortest prompt alone, against its row in the padded batch of all prompts."""
+    start = seen.starts[number]
+    batched = seen.logits[number, start : start + len(alone)].float().to(alone.device)
+    noise, away = figures["noise"], _rms(batched - alone)
+    line = (
+        f"prompt {number}, behind {start} tokens of padding, has the logits that it has alone: "
+        f"RMS {away:.3g} apart, rounding is {noise:.3g}"
+    )
+    if away <= _TIMES * noise:
+        return held(PADDED, line)
+    return failed(
+        PADDED,
+        f"prompt {number}: behind {start} tokens of padding its logits are {away:.3g} RMS from "
+        f"those that it has alone, {away / noise:.3g} times what rounding explains",
+        remedy="the attention mask or the positions are lost on the way: generate prompts one by "
+        "one, or mend the model's attention",
+    )
+
+
 def _effects(
     claim: Claim, logits: Mapping[str, Tensor], noise: float
 ) -> tuple[Verdict, dict[str, Any]]:
@@ -273,7 +348,7 @@ def _effects(
     if len(claim.mode.adapters) > 1:
         both = logits["all"] - logits["base"]
         alone = sum(
-            (logits[f"only {name}"] - logits["base"] for name in claim.mode.adapters),
+            (logits[_only(name, claim)] - logits["base"] for name in claim.mode.adapters),
             torch.zeros_like(both),
         )
         figures["interaction"] = _rms(both - alone)
@@ -285,3 +360,9 @@ def _effects(
         return failed(EFFECT, *silent, *lines, remedy="save the trained adapter again"), figures
     outcome = Outcome.TIE if hidden else Outcome.HELD
     return Verdict(name=EFFECT, outcome=outcome, evidence=(*hidden, *lines)), figures
+
+
+def _only(name: str, claim: Claim) -> str:
+    """The variant in which *name* acts alone."""
+    others = [other for other in claim.mode.adapters if other != name]
+    return f"without {others[0]}" if len(others) == 1 else f"only {name}"

@@ -20,14 +20,9 @@ from harness.adapter_config import natural_order
 from harness.certificate.capture import Capture
 from harness.certificate.claim import Claim
 from harness.certificate.factors import aliases, check_factors
-from harness.certificate.layers import (
-    OFFLOADED,
-    LayerFinding,
-    WeightFinding,
-    compare_tensor,
-    examine_layer,
-)
+from harness.certificate.layers import LayerFinding, examine_layer
 from harness.certificate.values import failed, held, listed
+from harness.certificate.weights import OFFLOADED, WeightFinding, compare_tensor
 from harness.engines.inspection import LiveLayer, LiveModel
 from harness.lora import LoraPair
 from harness.verdict import Outcome, Verdict
@@ -43,10 +38,11 @@ _COARSE = 64.0  # measured units beyond which the layers do not compute in their
 
 @dataclass(frozen=True, kw_only=True)
 class FilesReport:
-    """Checks and figures of the comparison."""
+    """Checks and figures of the comparison; `sound` are layers whose weight is the file's."""
 
     checks: tuple[Verdict, ...]
     figures: Mapping[str, Any]
+    sound: frozenset[str]
 
 
 def expected_in_weights(live: LiveModel, claim: Claim) -> dict[str, dict[str, float]]:
@@ -110,7 +106,11 @@ def check_files(live: LiveModel, claim: Claim, seen: Capture | None) -> FilesRep
     ]
     weights = _check_weights(live, claim, findings, in_weight)
     outputs, figures = _check_outputs(claim, findings, seen is not None)
-    return FilesReport(checks=(factors, outputs, weights), figures=figures)
+    return FilesReport(
+        checks=(factors, outputs, weights),
+        figures=figures,
+        sound=frozenset(f.name for f in findings if f.weight is not None and f.weight.equal),
+    )
 
 
 def _others(claim: Claim, adapter: str, pair: LoraPair) -> Iterator[tuple[str, LoraPair]]:

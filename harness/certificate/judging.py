@@ -46,7 +46,7 @@ def judge_model(
         hooks = check_hooks(live, rows, seen)
         whole: list[Verdict] = []
         if end_to_end and seen is not None:
-            whole, more = check_end_to_end(live, claim, rows, seen)
+            whole, more = check_end_to_end(live, claim, seen, report.sound)
             figures |= more
     factors = next(check for check in report.checks if check.name == ADAPTERS)
     state = check_state(live, claim, aliases(live, claim), applied_right=factors.passed)

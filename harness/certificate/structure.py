@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from harness.certificate.capture import Capture, batched, forward
 from harness.certificate.claim import Claim, same_bits
-from harness.certificate.layers import compare_tensor
 from harness.certificate.values import failed, held, listed
+from harness.certificate.weights import compare_tensor
 from harness.engines.inspection import LiveModel, scalars, skeleton
 from harness.errors import InputError
 from harness.verdict import Outcome, Verdict

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from harness.errors import InputError
 from harness.options import add_option
-from harness.terminal import console, errors, shown
+from harness.terminal import errors
 
 if TYPE_CHECKING:
     from harness.analysis.comparison import ComparisonFigures
     from harness.analysis.figures import AdapterFigures
-    from harness.verdict import Verdict
 
 __all__ = ["SUMMARY", "add_arguments", "add_report_arguments", "finish", "new_folder", "run"]
 
@@ -82,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         intruders=arguments.intruders,
         keep_going=arguments.keep_going,
     )
-    return finish(arguments, figures, folder, _judge(figures))
+    return finish(arguments, figures, folder)
 
 
 def new_folder(arguments: argparse.Namespace, adapters: Sequence[str]) -> Path:
@@ -97,54 +96,22 @@ def new_folder(arguments: argparse.Namespace, adapters: Sequence[str]) -> Path:
     return folder
 
 
-def _judge(figures: AdapterFigures) -> list[Verdict]:
-    from harness.analysis.findings import Level, adapter_findings
-    from harness.verdict import Outcome, Verdict
-
-    faults = tuple(str(fault) for fault in figures.faults)
-    checks = [
-        Verdict(
-            name=f"sound: {figures.name}",
-            outcome=Outcome.UNREADABLE if faults else Outcome.HELD,
-            evidence=faults or (f"{len(figures.modules)} modules, every entry finite",),
-            remedy="save or copy the adapter again" if faults else None,
-        )
-    ]
-    found = [f for f in adapter_findings(figures) if f.text not in faults]
-    bad = tuple(f.text for f in found if f.level is Level.FAULT)
-    checks.append(
-        Verdict(
-            name=f"trained: {figures.name}",
-            outcome=Outcome.FAILED if bad else Outcome.HELD,
-            evidence=bad or tuple(f.text for f in found if f.level is Level.ATTENTION),
-            remedy="check that training reached lora_B, and that it was saved after training"
-            if bad
-            else None,
-        )
-    )
-    return checks
-
-
-def judge_adapters(figures: ComparisonFigures) -> list[Verdict]:
-    """The verdicts on each adapter of a comparison."""
-    return [verdict for adapter in figures.adapters for verdict in _judge(adapter)]
-
-
 def finish(
     arguments: argparse.Namespace,
     figures: AdapterFigures | ComparisonFigures,
     folder: Path,
-    checks: list[Verdict],
 ) -> int:
-    """Draw, write, print; returns the exit code."""
+    """Judge, draw, write, print; returns the exit code."""
     from harness.analysis.running import PLOT_HINT, draw
     from harness.analysis.writing import as_json, write_report
+    from harness.report.adapters import judge_adapters, print_adapters
     from harness.verdict import overall
 
     plots = () if arguments.no_plots else draw(figures)
     if plots is None:
         errors().print(PLOT_HINT)
     write_report(figures, folder, plots=plots or ())
+    checks = judge_adapters(figures)
     outcome = overall(checks)
     if arguments.json:
         value = {
@@ -156,29 +123,7 @@ def finish(
         json.dump(value, sys.stdout, ensure_ascii=True, indent=2, allow_nan=False)
         print()
     else:
-        _print(figures, folder)
+        print_adapters(figures, folder)
     if figures.faults:
         return _BROKEN_INPUT
     return 0 if outcome.passed else 1
-
-
-def _print(figures: AdapterFigures | ComparisonFigures, folder: Path) -> None:
-    from rich.table import Table
-
-    from harness.analysis.writing import findings_of, summary_table
-
-    out = console()
-    for finding in findings_of(figures):
-        out.print(f"{finding.level.value:>9}  {shown(finding.text)}", soft_wrap=True)
-    head, rows = summary_table(figures)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, cell in enumerate(head):
-        if number:
-            table.add_column(cell, justify="right", no_wrap=True)
-        else:
-            table.add_column(cell, overflow="fold")
-    for row in rows:
-        table.add_row(*(shown(cell) for cell in row))
-    out.print()
-    out.print(table)
-    out.print(f"\nreport: {shown(str(folder / 'report.html'))}", soft_wrap=True)

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-from harness.commands.analyze import add_report_arguments, finish, judge_adapters, new_folder
+from harness.commands.analyze import add_report_arguments, finish, new_folder
 from harness.options import add_option
-
-if TYPE_CHECKING:
-    from harness.analysis.comparison import ComparisonFigures
-    from harness.verdict import Verdict
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
@@ -50,31 +45,4 @@ def run(arguments: argparse.Namespace) -> int:
         intruders=arguments.intruders,
         keep_going=arguments.keep_going,
     )
-    return finish(arguments, figures, folder, [*judge_adapters(figures), *_judge_pairs(figures)])
-
-
-def _judge_pairs(figures: ComparisonFigures) -> list[Verdict]:
-    from harness.verdict import Outcome, Verdict
-
-    checks = []
-    for pair in figures.pairs:
-        total = pair.total
-        evidence = (
-            ("no module in common",)
-            if total is None
-            else (
-                f"cosine {total.cosine:+.3g} over {total.modules} shared modules "
-                f"(±{total.cosine_by_chance:.2g} by chance)",
-                f"output overlap {total.column_overlap:.3g} "
-                f"({total.column_overlap_by_chance:.2g} by chance), "
-                f"input overlap {total.row_overlap:.3g} ({total.row_overlap_by_chance:.2g})",
-            )
-        )
-        checks.append(
-            Verdict(
-                name=f"overlap: {pair.first} and {pair.second}",
-                outcome=Outcome.SKIPPED if total is None else Outcome.HELD,
-                evidence=evidence,
-            )
-        )
-    return checks
+    return finish(arguments, figures, folder)

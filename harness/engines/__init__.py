@@ -11,8 +11,9 @@ from harness.stack import AdapterStack
 
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
+    from harness.engines.random_weights import RandomEngine
 
-__all__ = ["load_engine"]
+__all__ = ["load_engine", "load_for_timing"]
 
 
 def load_engine(
@@ -38,3 +39,18 @@ def load_engine(
     from harness.engines.peft import PeftEngine
 
     return PeftEngine(stack, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def load_for_timing(
+    stack: AdapterStack,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> PeftEngine | RandomEngine:
+    """Load *stack*, which may be a shape without weights; arguments and errors as `load_engine`."""
+    if not stack.random:
+        return load_engine(stack, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    from harness.engines.random_weights import RandomEngine
+
+    return RandomEngine(stack, device=device, dtype=dtype)

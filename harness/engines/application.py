@@ -2,27 +2,61 @@
 
 PEFT's own switches go wrong silently: an unknown name in `set_adapter` is skipped, a doubled one
 is applied twice, `set_adapter` turns gradients on, `merge_adapter` and `unmerge_adapter` do not
-restore the base's bits. So the mode is set, then read back layer by layer; and a merged mode swaps
-parameters and puts the originals back. At rest every adapter is off. Knows nothing of prompts.
+restore the base's bits. So the mode is set, then read back layer by layer; a flattened mode is one
+more adapter, taken away after; and a merged mode swaps parameters and puts the originals back. At
+rest every adapter is off. Knows nothing of prompts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from harness.adapter_files import AdapterFiles
-from harness.engines.loading import ActivationError, lora_layers
+from harness.completion import Application
+from harness.engines.loading import ActivationError, lora_layers, quiet_tools
 from harness.errors import InputError
-from harness.lora import LoraPair, add_deltas
+from harness.lora import LoraPair, add_deltas, flatten_pairs
 from harness.stack import Mode
 
-__all__ = ["apply_live", "apply_merged", "check_active", "rest"]
+__all__ = [
+    "Factors",
+    "apply_flattened",
+    "apply_live",
+    "apply_merged",
+    "apply_mode",
+    "check_active",
+    "rest",
+    "without_wrappers",
+]
+
+_FLATTENED = "flattened-in-memory"
+
+
+class Factors(Protocol):
+    """Where one adapter's pairs come from: its files (`AdapterFiles`), or memory."""
+
+    @property
+    def pairs(self) -> Mapping[str, Any]: ...
+
+    def pair(self, module: str) -> LoraPair: ...
+
+
+def apply_mode(
+    model: Any, mode: Mode, application: Application, files: Mapping[str, Factors]
+) -> contextlib.AbstractContextManager[None]:
+    """The context in which *model* is in *mode*, applied as *application* says."""
+    if application is Application.LIVE or not mode.weights:
+        return apply_live(model, mode)
+    if application is Application.FLATTENED:
+        return apply_flattened(model, mode, files)
+    return apply_merged(model, mode, files)
 
 
 @contextlib.contextmanager
@@ -83,7 +117,90 @@ def check_active(
 
 
 @contextlib.contextmanager
-def apply_merged(model: Any, mode: Mode, files: Mapping[str, AdapterFiles]) -> Iterator[None]:
+def apply_flattened(model: Any, mode: Mode, files: Mapping[str, Factors]) -> Iterator[None]:
+    """The adapters of *mode* concatenated by rank into one more adapter, which alone is active.
+
+    `A = [w₁s₁A₁; w₂s₂A₂; …]`, `B = [B₁|B₂|…]` (`harness.lora.flatten_pairs`), in float32 as PEFT
+    keeps adapters; the adapter is removed after.
+
+    Raises:
+        InputError: an adapter of an embedding, or of a layer that keeps its weight transposed.
+        ActivationError: what is active, read back, is not that adapter alone.
+    """
+    layers = lora_layers(model)
+    pairs: dict[str, LoraPair] = {}
+    for name, layer in layers.items():
+        terms = [
+            (weight, _on(files[adapter].pair(name), layer.get_base_layer().weight.device))
+            for adapter, weight in mode.weights
+            if name in files[adapter].pairs
+        ]
+        if terms:
+            pairs[name] = flatten_pairs(terms)
+    odd = [name for name, pair in pairs.items() if pair.transposed]
+    if odd:
+        raise InputError(
+            f"{odd[0]} is no plain linear layer and is not flattened in memory",
+            where="application flattened",
+            remedy="write the flattened adapter with lora-stack flatten and load that",
+        )
+    ranks = {name: pair.rank for name, pair in pairs.items()}
+    usual = max(ranks.values())
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        target_modules=list(pairs),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != usual},
+        alpha_pattern={name: rank for name, rank in ranks.items() if rank != usual},
+        inference_mode=True,
+    )
+    try:
+        # On "meta", so that PEFT initialises nothing that is replaced at once.
+        with quiet_tools():
+            model.add_adapter(_FLATTENED, config, low_cpu_mem_usage=True)
+        for name, layer in lora_layers(model).items():
+            if name in pairs:
+                for holder, value in (
+                    (layer.lora_A, pairs[name].a), (layer.lora_B, pairs[name].b)
+                ):  # fmt: skip
+                    holder[_FLATTENED].weight = torch.nn.Parameter(value, requires_grad=False)
+        model.eval()
+        with apply_live(model, Mode(name=mode.name, weights=((_FLATTENED, 1.0),))):
+            yield
+    finally:
+        if _FLATTENED in model.peft_config:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # it was active: known, and left next
+                model.delete_adapter(_FLATTENED)
+        rest(model)
+
+
+@contextlib.contextmanager
+def without_wrappers(model: Any) -> Iterator[Any]:
+    """The transformers model inside a PEFT one, its LoRA layers taken out for the block.
+
+    What is left is what a user who merged (or never had adapters) would run: no layer of PEFT's
+    in the forward pass, the same weights. The layers are put back in their places after.
+    """
+    inner = model.base_model.model
+    layers = lora_layers(model)
+    places = [(*_parent(inner, name), layer) for name, layer in layers.items()]
+    try:
+        for parent, child, layer in places:
+            setattr(parent, child, layer.get_base_layer())
+        yield inner
+    finally:
+        for parent, child, layer in places:
+            setattr(parent, child, layer)
+
+
+def _parent(root: Any, name: str) -> tuple[Any, str]:
+    path, _, child = name.rpartition(".")
+    return root.get_submodule(path), child
+
+
+@contextlib.contextmanager
+def apply_merged(model: Any, mode: Mode, files: Mapping[str, Factors]) -> Iterator[None]:
     """The deltas of *mode*, from the files, added into the weights; originals put back after.
 
     Accumulated in float32 and rounded once to the weight's dtype. A layer gets a parameter of its

@@ -33,6 +33,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "lora_layers",
+    "quiet_tools",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,7 +88,7 @@ def choose_dtype(dtype: str | None) -> torch.dtype | str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_tools() -> Iterator[None]:
     """Hold back progress bars and advice that does not concern the user."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -126,7 +127,10 @@ def load_base(
 ) -> Any:
     """The base as a transformers model in `eval()` mode, without gradients."""
     where = checkpoint.folder
-    with _quiet(), _as_input_error(where, "check config.json against the weights and transformers"):
+    with (
+        quiet_tools(),
+        _as_input_error(where, "check config.json against the weights and transformers"),
+    ):
         model = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
@@ -145,7 +149,7 @@ def load_tokenizer(stack: AdapterStack, *, trust_remote_code: bool) -> tuple[Any
     the template they used beside the adapter.
     """
     base = stack.base.path
-    with _quiet(), _as_input_error(base, "copy the base's tokenizer files beside its weights"):
+    with quiet_tools(), _as_input_error(base, "copy the base's tokenizer files beside its weights"):
         tokenizer = AutoTokenizer.from_pretrained(
             base,
             trust_remote_code=trust_remote_code,
@@ -175,7 +179,7 @@ def load_adapters(
     place = "cpu" if device == "auto" else device
     for adapter in adapters:
         remedy = "check that the adapter belongs to this base"
-        with _quiet(), _as_input_error(adapter.path, remedy), warnings.catch_warnings():
+        with quiet_tools(), _as_input_error(adapter.path, remedy), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # missing keys: compared below
             if wrapped is model:
                 wrapped = PeftModel.from_pretrained(

@@ -26,7 +26,7 @@ from harness.completion import (
     Prompt,
     StopReason,
 )
-from harness.engines.application import apply_live, apply_merged, rest
+from harness.engines.application import apply_mode, rest
 from harness.engines.loading import (
     choose_device,
     choose_dtype,
@@ -53,11 +53,17 @@ _BATCH_SIZE_ELSEWHERE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
-    """A prompt's place in the caller's list, and its token ids."""
+    """A prompt's place in the caller's list, its token ids, and what it has already produced."""
 
     place: int
     prompt: Prompt
     ids: tuple[int, ...]
+    begun: tuple[int, ...] = ()
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """What the model is given: prompt and beginning."""
+        return self.ids + self.begun
 
 
 class PeftEngine:
@@ -160,7 +166,7 @@ class PeftEngine:
         Raises:
             ActivationError: what is active, read back per layer, is not the mode; or a weight is
                 no longer what was loaded, before the mode or after it.
-            InputError: an unknown mode, or an application that this engine does not have.
+            InputError: an unknown mode, or weights that cannot be merged or flattened in memory.
         """
         chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
         for name in chosen.adapters:
@@ -175,21 +181,11 @@ class PeftEngine:
         if not self.stack.adapters:
             yield
             return
-        if application is Application.LIVE:
-            entered = apply_live(self.model, chosen)
-        elif application is Application.MERGED:
-            entered = apply_merged(self.model, chosen, self.files)
-        else:
-            raise InputError(
-                f"the application {application} is not done in memory",
-                where="application",
-                remedy="use live or merged",
-            )
-        with entered:
+        with apply_mode(self.model, chosen, application, self.files):
             yield
 
     @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
+    def threads(self) -> Iterator[None]:
         """One thread for a tiny model on a CPU: threads cost it more than they bring."""
         before = torch.get_num_threads()
         tiny = self.device == "cpu" and self._weight_bytes < _TINY_BYTES
@@ -227,12 +223,14 @@ class PeftEngine:
         settings: GenerationSettings | None = None,
         *,
         application: Application = Application.LIVE,
+        begun: Sequence[Sequence[int]] | None = None,
         progress: Progress | None = None,
         finished: Callable[[Completion], None] | None = None,
     ) -> tuple[Completion, ...]:
         """Complete every prompt in *mode*; the results come in the order of the prompts.
 
         Args:
+            begun: token ids that each completion already begins with; they count as produced.
             finished: called with each completion when its batch is through, the shortest prompts
                 first: what an interrupt leaves.
         """
@@ -241,11 +239,16 @@ class PeftEngine:
             raise InputError("do_sample needs a seed", where="generation", remedy="set seed = 0")
         chosen = self.stack.mode(mode) if isinstance(mode, str) else mode
         requests = [
-            _Request(place=place, prompt=prompt, ids=self.token_ids(prompt))
+            _Request(
+                place=place,
+                prompt=prompt,
+                ids=self.token_ids(prompt),
+                begun=tuple(begun[place]) if begun is not None else (),
+            )
             for place, prompt in enumerate(prompts)
         ]
         done: dict[int, Completion] = {}
-        with self.mode(chosen, application), torch.inference_mode(), self._threads():
+        with self.mode(chosen, application), torch.inference_mode(), self.threads():
             for batch in self._batches(requests, settings):
                 start, share = len(done) / len(requests), len(batch) / len(requests)
 
@@ -255,8 +258,8 @@ class PeftEngine:
 
                 rows = self._generate_batch(batch, settings, report)
                 for request, row in zip(batch, rows, strict=True):
-                    done[request.place] = self._completion(
-                        request, row, chosen, application, settings
+                    done[request.place] = self.completion(
+                        request.prompt, request.ids, row, chosen, application, settings
                     )
                     if finished is not None:
                         finished(done[request.place])
@@ -269,11 +272,12 @@ class PeftEngine:
         """Prompts of like length together; the cut depends on nothing but the prompts."""
         kind = torch.device(self.device).type
         size = settings.batch_size or _BATCH_SIZE.get(kind, _BATCH_SIZE_ELSEWHERE)
-        ordered = sorted(requests, key=lambda request: (len(request.ids), request.place))
+        ordered = sorted(requests, key=lambda request: (len(request.given), request.place))
         for start in range(0, len(ordered), size):
             yield ordered[start : start + size]
 
-    def _room(self, length: int, settings: GenerationSettings) -> int:
+    def room(self, length: int, settings: GenerationSettings) -> int:
+        """How many tokens a prompt of *length* tokens may produce."""
         return min(settings.max_new_tokens, self.context_length - length)
 
     def _generate_batch(
@@ -282,14 +286,16 @@ class PeftEngine:
         settings: GenerationSettings,
         report: Callable[[float], None],
     ) -> list[list[int]]:
-        width = max(len(request.ids) for request in batch)
-        pad = self._pad_token_id
+        width = max(len(request.given) for request in batch)
+        pad = self.pad_token_id
         ids = torch.full((len(batch), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
-            ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
-            mask[row, width - len(request.ids) :] = 1
-        new_tokens = max(self._room(len(request.ids), settings) for request in batch)
+            ids[row, width - len(request.given) :] = torch.tensor(request.given)
+            mask[row, width - len(request.given) :] = 1
+        new_tokens = max(
+            self.room(len(request.ids), settings) - len(request.begun) for request in batch
+        )
         config = GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=settings.do_sample,
@@ -318,33 +324,38 @@ class PeftEngine:
             **({"tokenizer": self.tokenizer} if settings.stop_strings else {}),
         )
         rows: list[list[int]] = output[:, width:].tolist()
-        return rows
+        return [[*request.begun, *row] for request, row in zip(batch, rows, strict=True)]
 
     @property
-    def _pad_token_id(self) -> int:
+    def pad_token_id(self) -> int:
         """A padding id that is no EOS: rows that a string stopped are padded, not ended."""
         pad = self.tokenizer.pad_token_id
         if pad is not None and pad not in self.eos_token_ids:
             return int(pad)
         return next(n for n in range(len(self.eos_token_ids) + 1) if n not in self.eos_token_ids)
 
-    def _completion(
+    def completion(
         self,
-        request: _Request,
-        row: list[int],
+        prompt: Prompt,
+        prompt_token_ids: tuple[int, ...],
+        row: Sequence[int],
         mode: Mode,
         application: Application,
         settings: GenerationSettings,
     ) -> Completion:
-        room = self._room(len(request.ids), settings)
-        tokens, reason = self._cut(row[:room], settings)
+        """The completion that a produced *row* of tokens is: cut where it ends, and why it ends.
+
+        The row may hold padding after its end, and must go on to its end.
+        """
+        room = self.room(len(prompt_token_ids), settings)
+        tokens, reason = self._cut(list(row[:room]), settings)
         if reason is StopReason.LENGTH and room < settings.max_new_tokens:
             reason = StopReason.CONTEXT
         return Completion(
-            prompt=request.prompt,
+            prompt=prompt,
             mode=mode.name,
             application=application,
-            prompt_token_ids=request.ids,
+            prompt_token_ids=prompt_token_ids,
             token_ids=tuple(tokens),
             text=self._text(tokens),
             stop_reason=reason,
@@ -381,13 +392,13 @@ class PeftEngine:
             One float32 CPU tensor a row, `(len(row), vocabulary)`.
         """
         width = max(len(row) for row in token_ids)
-        ids = torch.full((len(token_ids), width), self._pad_token_id, dtype=torch.long)
+        ids = torch.full((len(token_ids), width), self.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for place, row in enumerate(token_ids):
             # Padding on the right: causal attention never looks at it, positions start at 0.
             ids[place, : len(row)] = torch.tensor(row)
             mask[place, : len(row)] = 1
-        with self.mode(mode, application) as model, torch.inference_mode(), self._threads():
+        with self.mode(mode, application) as model, torch.inference_mode(), self.threads():
             output = model(
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
             )

@@ -7,9 +7,10 @@ bases, strategies' arithmetic or outputs.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.adapter_files import AdapterFiles, adapter_digest, read_adapter
+from harness.adapter_config import CONFIG_NAME
+from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, PairEntry, read_adapter
+from harness.digests import file_digests
 from harness.errors import InputError, combined
 from harness.merge.storage import RAW, decode
 from harness.preflight import check_adapter_values
@@ -27,6 +30,8 @@ from harness.tensor_files import TensorEntry
 __all__ = ["Source", "Term", "adapter_names", "check_weights", "open_sources", "terms_by_module"]
 
 Array = NDArray[Any]
+
+_CHECKED = 1 << 22  # entries that are looked at at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +49,20 @@ class Source:
     digest: str
     data: mmap.mmap
 
-    def array(self, entry: TensorEntry, dtype: type[np.floating[Any]]) -> Array:
-        """The tensor of *entry* as numbers of *dtype*; a read-only view where that is possible."""
+    def array(
+        self,
+        entry: TensorEntry,
+        dtype: type[np.floating[Any]],
+        cut: Callable[[Array], Array] | None = None,
+    ) -> Array:
+        """The tensor of *entry*, or what *cut* takes of it, as numbers of *dtype*; a read-only
+        view where that is possible."""
         raw = np.frombuffer(self.data, np.uint8, entry.end - entry.start, entry.start)
         kind = np.dtype(RAW[entry.dtype])
         aligned = raw if entry.start % kind.itemsize == 0 else raw.copy()
         numbers = aligned.view(kind).reshape(entry.shape)
+        if cut is not None:
+            numbers = cut(numbers)
         return numbers if kind == dtype else decode(numbers, entry.dtype, dtype)
 
     def release(self, entry: TensorEntry) -> None:
@@ -60,55 +73,83 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """What one adapter adds to one weight: `weight · scale · left @ right`.
+    """What one adapter adds to one stored weight: `weight · scale · left @ right`.
 
     `left: (rows, r)` and `right: (r, columns)` in the stored weight's own layout; for embeddings
     and `Conv1D` that is Aᵀ and Bᵀ.
+
+    Attributes:
+        module: the name of the pair in the adapter.
+        parameter: the name that the config's patterns see, where it is not the module's.
+        expert: which expert of a fused parameter; None for a module.
+        part: the rows `(start, end)` of ΔW that belong to this weight (gate and up stored apart).
+        flipped: the fused parameter is stored `(experts, in, out)`.
     """
 
     source: Source
     module: str
+    parameter: str | None = None
+    expert: int | None = None
+    part: tuple[int, int] | None = None
+    flipped: bool = False
 
     @property
     def scale(self) -> float:
         """`s` of the module (`alpha/r`, or `alpha/√r`)."""
-        return self.source.files.config.scale_of(self.module)
+        return self.source.files.config.scale_of(self.parameter or self.module)
+
+    @property
+    def pair(self) -> PairEntry:
+        return self.source.files.pairs[self.module]
 
     @property
     def rank(self) -> int:
-        return self.source.files.pairs[self.module].rank
+        return self.pair.rank // self.pair.experts
 
     @property
     def transposed(self) -> bool:
         """Whether the stored weight is `(in, out)`."""
-        files = self.source.files
-        return files.config.fan_in_fan_out or files.pairs[self.module].embedding
+        return self.flipped or self.source.files.config.fan_in_fan_out or self.pair.embedding
 
     def release(self) -> None:
         """Give the factors' pages back: memory stays flat however large the adapters are."""
-        pair = self.source.files.pairs[self.module]
-        self.source.release(pair.a)
-        self.source.release(pair.b)
+        self.source.release(self.pair.a)
+        self.source.release(self.pair.b)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(rows, columns)` of the stored weight that the term belongs to."""
-        pair = self.source.files.pairs[self.module]
-        shape = (pair.out_features, pair.in_features)
+        """`(rows, columns)` of the stored weight (of one expert's) that the term belongs to."""
+        start, end = self.part or (0, self.pair.out_features)
+        shape = (end - start, self.pair.in_features)
         return shape[::-1] if self.transposed else shape
 
     def left(self, dtype: type[np.floating[Any]], rows: slice = slice(None)) -> Array:
         """The left factor's *rows*, without scale or weight; not to be written to."""
-        pair = self.source.files.pairs[self.module]
-        entry = pair.a if self.transposed else pair.b
-        whole = self.source.array(entry, dtype)
-        return (whole.T if self.transposed else whole)[rows]
+        return self._in(dtype).T[rows] if self.transposed else self._out(dtype)[rows]
 
     def right(self, dtype: type[np.floating[Any]]) -> Array:
         """The right factor, without scale or weight; not to be written to."""
-        pair = self.source.files.pairs[self.module]
-        whole = self.source.array(pair.b if self.transposed else pair.a, dtype)
-        return whole.T if self.transposed else whole
+        return self._out(dtype).T if self.transposed else self._in(dtype)
+
+    def _in(self, dtype: type[np.floating[Any]]) -> Array:
+        """A: `(r, in)`; PEFT keeps a fused parameter's as `(experts·r, in)`."""
+        expert, experts = self.expert, self.pair.experts
+
+        def cut(a: Array) -> Array:
+            return a if expert is None else a.reshape(experts, -1, a.shape[1])[expert]
+
+        return self.source.array(self.pair.a, dtype, cut)
+
+    def _out(self, dtype: type[np.floating[Any]]) -> Array:
+        """B: `(out, r)`, the part's rows; PEFT keeps a fused parameter's as `(out, r·experts)`."""
+        expert, experts = self.expert, self.pair.experts
+        rows = slice(*self.part) if self.part else slice(None)
+
+        def cut(b: Array) -> Array:
+            own = b if expert is None else b.reshape(b.shape[0], -1, experts)[:, :, expert]
+            return own[rows]
+
+        return self.source.array(self.pair.b, dtype, cut)
 
 
 def adapter_names(paths: Sequence[str | Path]) -> dict[str, str]:
@@ -155,36 +196,49 @@ def check_weights(
     return tuple(float(weight) for weight in weights)
 
 
-def open_sources(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Source, ...]:
+def open_sources(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    accept: Collection[str] = (),
+    what: str = "merged",
+) -> tuple[Source, ...]:
     """Open the adapters, in canonical order, and check that every number in them is finite.
+
+    Args:
+        accept: what makes an adapter more than `W + s·B·A` (keys of its config) and is accepted.
+        what: what they are opened for, for the message.
 
     Raises:
         InputError: a broken or non-additive adapter; NaN, infinity or an absurd size in a factor;
             an adapter that changes nothing.
     """
-    sources = []
+    every = [adapter.path / name for adapter in adapters for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    found = [(adapter, read_adapter(adapter.path)) for adapter in adapters]
     faults: list[InputError] = []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        files = read_adapter(adapter.path)
+    for _, files in found:
         check_adapter_values(files, faults)
-        if files.config.not_additive:
+        reasons = [r for r in files.config.not_additive if r.partition(":")[0] not in accept]
+        if reasons:
             raise InputError(
-                f"cannot be merged: {files.config.not_additive[0]}",
+                f"cannot be {what}: {reasons[0]}",
                 where=files.config.path,
                 remedy="only plain LoRA and rsLoRA adapters are additive",
             )
-        with files.tensors.path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        source = Source(
-            name=adapter.name,
-            files=files,
-            weight=weight,
-            digest=adapter_digest(adapter.path),
-            data=data,
-        )
-        sources.append(source)
     if faults:
         raise combined(faults)
+    digests = file_digests(every)
+    sources = []
+    for (adapter, files), weight in zip(found, weights, strict=True):
+        with files.tensors.path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        hashed = hashlib.sha256()  # as `adapter_digest` does, of digests that may be remembered
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            hashed.update(bytes.fromhex(digests[adapter.path / name]))
+        source = Source(
+            name=adapter.name, files=files, weight=weight, digest=hashed.hexdigest(), data=data
+        )
+        sources.append(source)
     return tuple(sorted(sources, key=lambda source: (source.digest, source.weight)))
 
 

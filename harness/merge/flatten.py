@@ -8,55 +8,40 @@ of checkpoints or of the command line.
 from __future__ import annotations
 
 import json
-import struct
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from harness.adapter_config import CONFIG_NAME, natural_order
+from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME
 from harness.errors import InputError
 from harness.locating import locate_adapters
 from harness.merge.factors import (
     Source,
-    Term,
     adapter_names,
     check_weights,
     open_sources,
     terms_by_module,
 )
+from harness.merge.flat_factors import (
+    Loss,
+    flat_modules,
+    prove_factors,
+    stored_bytes,
+    write_factors,
+)
 from harness.merge.merging import adapter_records, base_id, check_settings, used_versions
 from harness.merge.places import Watch, check_output, check_space
-from harness.merge.proof import ProofError, TensorLedger, Verify
+from harness.merge.proof import Verify
 from harness.merge.report import MergeReport
-from harness.merge.storage import DTYPE_NAMES, RAW, decode, encode
-from harness.merge.strategies import thin_svd
+from harness.merge.storage import DTYPE_NAMES
 from harness.staging import staged_folder
-from harness.tensor_files import DTYPE_BYTES, read_tensor_file
 
 __all__ = ["VLLM_RANKS", "flatten_adapters"]
 
-Array = NDArray[Any]
-
 #: What vLLM accepts as `max_lora_rank` (`vllm/config/lora.py`, 2025).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Flat:
-    """One module of the result: `a: (r, in)`, `b: (out, r)`, s = 1; float64 until stored."""
-
-    module: str
-    a: Array
-    b: Array
-    embedding: bool
-    adapters: tuple[str, ...]
 
 
 def flatten_adapters(
@@ -106,21 +91,26 @@ def flatten_adapters(
     found = locate_adapters(named)
     target = Path(output)
     check_output(target, [adapter.path for adapter in found], force=force)
-    sources = open_sources(found, [factors[adapter.name] for adapter in found])
+    sources = open_sources(found, [factors[a.name] for a in found], what="flattened")
     order = {name: place for place, name in enumerate(named)}
     sources = tuple(sorted(sources, key=lambda source: order[source.name]))
     _check_alike(sources)
     watch = Watch(source.files.tensors.path for source in sources)
     terms = terms_by_module(sources)
-    exact_ranks = {s.name: max(p.rank for p in s.files.pairs.values()) for s in sources}
-    flats, errors = _flats(terms, exact_ranks, compress=compress, rank=rank)
-    shared = flats[0].a.shape[0]
-    check_space(target, sum(f.a.size + f.b.size for f in flats) * DTYPE_BYTES[stored])
+    ranks = {s.name: max(p.rank for p in s.files.pairs.values()) for s in sources}
+    modules = flat_modules(terms)
+    most = sum(ranks.values())
+    truncates = rank is not None or compress
+    # What waits to be padded needs its place as well.
+    check_space(target, stored_bytes(modules, most, stored) * (2 if truncates else 1))
     with staged_folder(target, replace=force) as staged:
-        size = _write(staged / WEIGHTS_NAME, flats, stored)
-        config = _config(sources, shared, [flat.module for flat in flats])
+        weights_file = staged / WEIGHTS_NAME
+        shared, losses = write_factors(
+            weights_file, modules, ranks, stored, compress=compress, rank=rank
+        )
+        config = _config(sources, shared, [module.module for module in modules])
         (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensors = _prove(staged, flats, terms, stored, verify, truncated=rank is not None)
+        tensors = prove_factors(weights_file, modules, stored, verify, truncated=rank is not None)
         watch.check()
         report = MergeReport(
             kind="flatten",
@@ -133,14 +123,14 @@ def flatten_adapters(
             dtype=stored,
             verify=verify,
             tensors=tensors,
-            bytes_written=size,
-            parameters_touched=sum(flat.a.size + flat.b.size for flat in flats),
+            bytes_written=weights_file.stat().st_size,
+            parameters_touched=sum(sum(module.sizes) for module in modules) * shared,
             details={
                 "rank": shared,
                 "max_lora_rank": next((r for r in VLLM_RANKS if r >= shared), None),
-                "sum of ranks": sum(exact_ranks.values()),
-                "relative truncation error": _total_error(errors),
-                "largest truncation error of a module": max(e[0] for e in errors.values()),
+                "sum of ranks": most,
+                "relative truncation error": _total_error(losses),
+                "largest truncation error of a module": max(e.share for e in losses.values()),
             },
             notes=_notes(shared),
             versions=used_versions(),
@@ -183,125 +173,10 @@ def _check_alike(sources: Sequence[Source]) -> None:
                 )
 
 
-def _flats(
-    terms: Mapping[str, Sequence[Term]],
-    ranks: Mapping[str, int],
-    *,
-    compress: bool,
-    rank: int | None,
-) -> tuple[list[_Flat], dict[str, tuple[float, float, float]]]:
-    """The modules at one shared rank; per module the truncation: relative, absolute, of ‖ΔW‖."""
-    flats: list[_Flat] = []
-    errors: dict[str, tuple[float, float, float]] = {}
-    for module in sorted(terms, key=natural_order):
-        blocks = {term.source.name: term for term in terms[module]}
-        if rank is None and not compress:
-            flats.append(_concatenated(module, blocks, ranks))
-            errors[module] = (0.0, 0.0, 0.0)
-            continue
-        parts = [_own_factors(term) for term in blocks.values()]
-        u, s, vt = thin_svd(
-            np.concatenate([b for _, b in parts], axis=1),
-            np.concatenate([a for a, _ in parts], axis=0),
-        )
-        kept = len(s) if rank is None else min(rank, len(s))
-        lost, norm = float(np.linalg.norm(s[kept:])), float(np.linalg.norm(s))
-        errors[module] = (lost / norm if norm else 0.0, lost, norm)
-        root = np.sqrt(s[:kept])
-        flats.append(
-            _Flat(
-                module=module,
-                a=root[:, None] * vt[:kept],
-                b=u[:, :kept] * root,
-                embedding=_is_embedding(blocks),
-                adapters=tuple(blocks),
-            )
-        )
-    shared = max(flat.a.shape[0] for flat in flats)
-    return [_padded(flat, shared) for flat in flats], errors
-
-
-def _own_factors(term: Term) -> tuple[Array, Array]:
-    """`w·s·A` and `B` in float64, in the adapter's own layout."""
-    files, source = term.source.files, term.source
-    pair = files.pairs[term.module]
-    a = source.array(pair.a, np.float64) * (source.weight * term.scale)
-    return a, source.array(pair.b, np.float64)
-
-
-def _is_embedding(blocks: Mapping[str, Term]) -> bool:
-    return any(term.source.files.pairs[term.module].embedding for term in blocks.values())
-
-
-def _concatenated(module: str, blocks: Mapping[str, Term], ranks: Mapping[str, int]) -> _Flat:
-    some = next(iter(blocks.values()))
-    pair = some.source.files.pairs[module]
-    total = sum(ranks.values())
-    a, b = np.zeros((total, pair.in_features)), np.zeros((pair.out_features, total))
-    start = 0
-    for name, width in ranks.items():
-        if name in blocks:
-            own_a, own_b = _own_factors(blocks[name])
-            a[start : start + own_a.shape[0]] = own_a
-            b[:, start : start + own_a.shape[0]] = own_b
-        start += width
-    return _Flat(module=module, a=a, b=b, embedding=_is_embedding(blocks), adapters=tuple(blocks))
-
-
-def _padded(flat: _Flat, rank: int) -> _Flat:
-    more = rank - flat.a.shape[0]
-    if not more:
-        return flat
-    return _Flat(
-        module=flat.module,
-        a=np.pad(flat.a, ((0, more), (0, 0))),
-        b=np.pad(flat.b, ((0, 0), (0, more))),
-        embedding=flat.embedding,
-        adapters=flat.adapters,
-    )
-
-
-def _total_error(errors: Mapping[str, tuple[float, float, float]]) -> float:
-    lost = sum(error**2 for _, error, _ in errors.values())
-    norm = sum(size**2 for _, _, size in errors.values())
+def _total_error(losses: Mapping[str, Loss]) -> float:
+    lost = sum(loss.lost**2 for loss in losses.values())
+    norm = sum(loss.norm**2 for loss in losses.values())
     return float((lost / norm) ** 0.5) if norm else 0.0
-
-
-def _keys(flat: _Flat) -> tuple[str, str]:
-    stem = f"{_PREFIX}{flat.module}"
-    if flat.embedding:
-        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
-    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-
-
-def _write(path: Path, flats: Sequence[_Flat], dtype: str) -> int:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    arrays = []
-    for flat in flats:
-        for key, array in zip(_keys(flat), (flat.a, flat.b), strict=True):
-            end = position + array.size * DTYPE_BYTES[dtype]
-            header[key] = {
-                "dtype": dtype,
-                "shape": list(array.shape),
-                "data_offsets": [position, end],
-            }
-            position = end
-            arrays.append((key, array))
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        for key, array in arrays:
-            raw = encode(array, dtype)
-            if not np.isfinite(decode(raw, dtype, np.float64)).all():
-                raise InputError(
-                    f"{key!r}: a number does not fit into {dtype}",
-                    where="--dtype",
-                    remedy="choose float32",
-                )
-            file.write(np.ascontiguousarray(raw).data)
-    return 8 + len(head) + position
 
 
 def _config(sources: Sequence[Source], rank: int, modules: Sequence[str]) -> dict[str, Any]:
@@ -353,67 +228,3 @@ def _notes(rank: int) -> tuple[str, ...]:
     return (
         f"Serve with vLLM: --enable-lora --max-lora-rank {hint}; SGLang: --max-lora-rank {rank}.",
     )
-
-
-def _prove(
-    folder: Path,
-    flats: Sequence[_Flat],
-    terms: Mapping[str, Sequence[Term]],
-    dtype: str,
-    verify: Verify,
-    *,
-    truncated: bool,
-) -> tuple[TensorLedger, ...]:
-    """Hold the stored factors' products against `Σ wᵢ·sᵢ·BᵢAᵢ` in float64."""
-    if verify == "none":
-        return ()
-    file = read_tensor_file(folder / WEIGHTS_NAME, what=WEIGHTS_NAME)
-    data = np.fromfile(file.path, np.uint8)
-    # Each factor is rounded once; a product of two roundings, a rank of terms.
-    precision = 4 * {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}[dtype]
-    rows = []
-    for flat in flats:
-        stored = []
-        for key in _keys(flat):
-            entry = file.entries[key]
-            raw = data[entry.start : entry.end].view(RAW[dtype]).reshape(entry.shape)
-            stored.append(decode(raw, dtype, np.float64))
-        a, b = stored
-        some = slice(None) if verify == "full" else slice(0, 32)
-        got = b[some] @ a
-        parts = [_own_factors(term) for term in terms[flat.module]]
-        wanted = np.sum([own_b[some] @ own_a for own_a, own_b in parts], axis=0)
-        error = got - wanted
-        if not truncated:
-            bound = sum(
-                np.linalg.norm(own_b[some], axis=1)[:, None] * np.linalg.norm(own_a, axis=0)
-                for own_a, own_b in parts
-            )
-            # Factors of an SVD are bounded by the whole sum, not entry by entry.
-            room = precision * (bound + np.abs(b[some]) @ np.abs(a) + np.max(bound, initial=0.0))
-            if not (np.abs(error) <= room + np.finfo(np.float64).tiny).all():
-                raise ProofError(
-                    f"{flat.module}: the flattened adapter's delta is off by "
-                    f"{float(np.max(np.abs(error))):.3g}"
-                )
-        scale = b.shape[0] / got.shape[0]
-        nearest = decode(encode(wanted, dtype), dtype, np.float64)
-        shown = decode(encode(got, dtype), dtype, np.float64)
-        delta = float(np.linalg.norm(wanted)) * scale**0.5
-        rows.append(
-            TensorLedger(
-                name=flat.module,
-                dtype=dtype,
-                shape=(b.shape[0], a.shape[1]),
-                adapters=flat.adapters,
-                checked=got.size,
-                exact=int(np.count_nonzero(shown == nearest)),
-                max_error=float(np.max(np.abs(error), initial=0.0)),
-                weight_norm=0.0,
-                delta_norm=delta,
-                lost_norm=float(np.linalg.norm(error)) * scale**0.5,
-                one_by_one_norm=None,
-                unmoved=0,
-            )
-        )
-    return tuple(rows)

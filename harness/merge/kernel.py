@@ -20,12 +20,14 @@ __all__ = ["ROWS", "DenseDelta", "FactoredDelta", "Scratch", "add_block"]
 Array = NDArray[Any]
 
 #: Rows that are read, added and written at a time.
-ROWS = 256
-_PAIRS = 1024  # columns of a piece, in pairs
-_STRIP = 64  # rows whose elementwise work stays in the second-level cache
+ROWS = 128
+# Columns of a piece, in pairs: both halves' sums and the spare words of a piece stay in a
+# second-level cache of 1 MiB. Smaller pieces cost more calls, larger ones more traffic.
+_PAIRS = 256
 
-_SHIFT, _HIGH = np.uint32(16), np.uint32(0xFFFF0000)
-_ONE, _HALF = np.uint32(1), np.uint32(0x7FFF)
+# Arrays, not scalars: numpy would convert a scalar anew in every call.
+_SHIFT, _HIGH = np.array(16, np.uint32), np.array(0xFFFF0000, np.uint32)
+_ONE, _HALF = np.array(1, np.uint32), np.array(0x7FFF, np.uint32)
 
 
 class FactoredDelta:
@@ -38,14 +40,12 @@ class FactoredDelta:
         self.columns = self.right.shape[1]
         # Even and odd columns apart, in pieces: a 32-bit word holds one of each.
         self.paired = dtype == "BF16" and self.columns % 2 == 0
-        self.pieces: list[tuple[slice, Array, Array]] = []
+        self.pieces: list[tuple[slice, Array]] = []
         if self.paired:
             for start in range(0, self.columns // 2, _PAIRS):
                 where = slice(start, min(start + _PAIRS, self.columns // 2))
                 part = self.right[:, 2 * where.start : 2 * where.stop]
-                even = np.ascontiguousarray(part[:, 0::2])
-                odd = np.ascontiguousarray(part[:, 1::2])
-                self.pieces.append((where, even, odd))
+                self.pieces.append((where, np.stack([part[:, 0::2], part[:, 1::2]])))
 
     def block(self, rows: slice) -> Array:
         """The delta's *rows*, whole."""
@@ -70,8 +70,13 @@ class Scratch:
     """One worker's buffers, used again for every block: fresh pages cost more than the sums."""
 
     def __init__(self) -> None:
-        self.sums = np.empty((2, ROWS, _PAIRS), np.float32)
-        self.words = np.empty((_STRIP, _PAIRS), np.uint32)
+        self._sums = np.empty(2 * ROWS * _PAIRS, np.float32)
+        self._words = np.empty(2 * ROWS * _PAIRS, np.uint32)
+
+    def buffers(self, rows: int, width: int) -> tuple[Array, Array]:
+        """Sums and spare words, `(2, rows, width)` each; contiguous, also for a narrow piece."""
+        shape, size = (2, rows, width), 2 * rows * width
+        return self._sums[:size].reshape(shape), self._words[:size].reshape(shape)
 
 
 def add_block(
@@ -83,15 +88,20 @@ def add_block(
     stored: str,
     wanted: str,
     check: Callable[[Array], None],
+    scale: Array | None = None,
 ) -> Array:
-    """`raw` (rows of the base as stored, `RAW[stored]`) with *delta*'s rows added, as `wanted`.
+    """`raw` (at most `ROWS` rows of the base as stored) with *delta*'s rows added, as `wanted`.
 
-    bfloat16 to bfloat16 works in place. *check* is called with results that can overflow.
+    bfloat16 to bfloat16 works in place. *check* is called with results that can overflow; *scale*
+    is what stored numbers are multiplied with first, in float32.
     """
     if stored == wanted == "BF16" and isinstance(delta, FactoredDelta) and delta.paired:
         _add_pairs(raw.view(np.uint32), delta, rows, scratch)
         return raw
-    numbers = decode(raw, stored, accumulator(wanted))
+    if scale is None:
+        numbers = decode(raw, stored, accumulator(wanted))
+    else:
+        numbers = (decode(raw, stored, np.float32) * scale).astype(accumulator(wanted), copy=False)
     numbers += delta.block(rows)
     result = encode(numbers, wanted)
     if wanted not in ("F32", "F64", "BF16"):
@@ -101,38 +111,27 @@ def add_block(
 
 def _add_pairs(words: Array, delta: FactoredDelta, rows: slice, scratch: Scratch) -> None:
     left = delta.left[rows]
-    count = left.shape[0]
-    for where, even, odd in delta.pieces:
-        width = where.stop - where.start
-        # Contiguous views of the buffers, also for a narrow last piece.
-        flat = scratch.sums.reshape(2, -1)
-        low = flat[0, : count * width].reshape(count, width)
-        high = flat[1, : count * width].reshape(count, width)
-        np.matmul(left, even, out=low)
-        np.matmul(left, odd, out=high)
-        for start in range(0, count, _STRIP):
-            strip = slice(start, min(start + _STRIP, count))
-            word = words[strip, where]
-            spare = scratch.words.reshape(-1)[: word.size].reshape(word.shape)
-            _round_pairs(word, low[strip], high[strip], spare)
+    for where, halves in delta.pieces:
+        sums, spare = scratch.buffers(left.shape[0], where.stop - where.start)
+        np.matmul(left, halves, out=sums)
+        _round_pairs(words[:, where], sums, spare)
 
 
-def _round_pairs(word: Array, low: Array, high: Array, spare: Array) -> None:
-    """`word` becomes the two rounded sums: nearest, ties to even, on the bits of the float32.
+def _round_pairs(words: Array, sums: Array, spare: Array) -> None:
+    """`words` become the two rounded sums: nearest, ties to even, on the bits of the float32.
 
-    A little-endian word holds the even column in its low half and the odd one in its high half.
+    A little-endian word holds the even column in its low half and the odd one in its high half;
+    `sums` and `spare` hold the even columns in `[0]` and the odd ones in `[1]`.
     """
-    as_float = spare.view(np.float32)
-    np.left_shift(word, _SHIFT, out=spare)
-    np.add(low, as_float, out=low)
-    np.bitwise_and(word, _HIGH, out=spare)
-    np.add(high, as_float, out=high)
-    for sums in (low.view(np.uint32), high.view(np.uint32)):
-        np.right_shift(sums, _SHIFT, out=spare)
-        np.bitwise_and(spare, _ONE, out=spare)
-        np.add(sums, _HALF, out=sums)
-        np.add(sums, spare, out=sums)
-    even, odd = low.view(np.uint32), high.view(np.uint32)
+    np.left_shift(words, _SHIFT, out=spare[0])
+    np.bitwise_and(words, _HIGH, out=spare[1])
+    np.add(sums, spare.view(np.float32), out=sums)
+    bits = sums.view(np.uint32)
+    np.right_shift(bits, _SHIFT, out=spare)
+    np.bitwise_and(spare, _ONE, out=spare)
+    np.add(spare, _HALF, out=spare)
+    np.add(bits, spare, out=bits)
+    even, odd = bits
     np.right_shift(even, _SHIFT, out=even)
     np.bitwise_and(odd, _HIGH, out=odd)
-    np.bitwise_or(even, odd, out=word)
+    np.bitwise_or(even, odd, out=words)

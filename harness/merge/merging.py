@@ -11,30 +11,28 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from harness.adapter_config import CONFIG_NAME
-from harness.adapter_files import WEIGHTS_NAME
+from harness.adapter_files import WEIGHTS_NAME, read_adapter
 from harness.checkpoint_files import INDEX_NAME, CheckpointFiles, read_checkpoint
-from harness.errors import HarnessError, InputError
-from harness.merge.factors import (
-    Source,
-    adapter_names,
-    check_weights,
-    open_sources,
-    terms_by_module,
-)
+from harness.digests import file_digests
+from harness.errors import HarnessError, InputError, combined
+from harness.fit import check_base_copies
+from harness.locating import choose_base, locate_adapters
+from harness.merge.factors import Source, adapter_names, check_weights, open_sources
 from harness.merge.places import Watch, check_output, check_space, copy_beside, files_beside
 from harness.merge.plan import MergePlan, changed_config, changed_index, make_plan
-from harness.merge.proof import Verify, file_digests, prove
+from harness.merge.proof import Verify, prove
 from harness.merge.recipe import Recipe
 from harness.merge.report import AdapterRecord, MergeReport
 from harness.merge.storage import DTYPE_NAMES
 from harness.merge.strategies import StrategyOptions, coefficients, find_strategy
 from harness.merge.streaming import Progress, default_workers, write_shards
-from harness.resolve import resolve_stack
-from harness.stack import Adapter, AdapterStack
+from harness.merge.targets import MERGEABLE, check_saved_weights, place
+from harness.stack import Adapter, Base
 from harness.staging import staged_folder
 
 __all__ = ["RoundingLossError", "merge_lora_adapters"]
@@ -112,38 +110,45 @@ def merge_lora_adapters(
     names = list(named)
     given = None if weights is None else check_weights(weights, names)
     factors = dict(zip(names, coefficients(strategy.name, given, len(names)), strict=True))
-    stack = resolve_stack(base_model=base_model, adapters=named)
+    found = locate_adapters(named)
+    files = {adapter.name: read_adapter(adapter.path) for adapter in found}
+    base = choose_base(base_model, "--base", found, files, Path.cwd())
     target = Path(output)
-    check_output(target, [stack.base.path, *(a.path for a in stack.adapters)], force=force)
-    checkpoint = read_checkpoint(stack.base.path)
-    notes = _check_claims(stack, checkpoint)
-    sources = open_sources(stack.adapters, [factors[a.name] for a in stack.adapters])
-    plan = make_plan(checkpoint, terms_by_module(sources), dtype=stored)
+    check_output(target, [base.path, *(a.path for a in found)], force=force)
+    checkpoint = read_checkpoint(base.path)
+    sources = open_sources(found, [factors[a.name] for a in found], accept=MERGEABLE)
+    check_saved_weights(sources, strategy, factors)
+    faults: list[InputError] = []
+    for source in sources:
+        check_base_copies(source.files, checkpoint, faults)
+    if faults:
+        raise combined(faults)
+    plan = make_plan(checkpoint, place(checkpoint, sources), dtype=stored)
+    notes = _check_claims(base, found, checkpoint)
     beside = files_beside(checkpoint.folder)
     check_space(
         target, plan.size + sum((checkpoint.folder / name).stat().st_size for name in beside)
     )
     watch = Watch(
         [shard.path for shard in checkpoint.shards]
-        + [a.path / name for a in stack.adapters for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        + [a.path / name for a in found for name in (CONFIG_NAME, WEIGHTS_NAME)]
     )
     recipe = Recipe(strategy=strategy, coefficients=factors, options=options)
     threads = workers or default_workers()
-    with staged_folder(target, replace=force) as staged:
+    with staged_folder(target, replace=force) as staged, ThreadPoolExecutor(1) as aside:
+        # Remembered from an earlier run, or read on a core's spare time while the shards are made.
+        hashing = aside.submit(file_digests, [shard.path for shard in checkpoint.shards])
         copy_beside(checkpoint.folder, staged, beside)
-        notes += _write_texts(staged, checkpoint, plan, stack)
+        notes += _write_texts(staged, checkpoint, plan, found)
         write_shards(staged, plan, recipe, workers=threads, progress=progress)
         tensors = (
             ()
             if verify == "none"
             else prove(staged, plan, recipe, names, verify=verify, workers=threads)
         )
-        sha256 = {}
+        sha256 = {"base": _by_name(hashing.result())}
         if verify == "full":
-            shards = [shard.path for shard in checkpoint.shards]
-            sha256["base"] = file_digests(shards, workers=threads)
-            written = [staged / shard.name for shard in plan.shards]
-            sha256["output"] = file_digests(written, workers=threads)
+            sha256["output"] = _by_name(file_digests(staged / s.name for s in plan.shards))
         watch.check()
         report = MergeReport(
             kind="merge",
@@ -151,13 +156,13 @@ def merge_lora_adapters(
             strategy=strategy.name,
             source=strategy.source,
             base=str(base_model),
-            adapters=adapter_records(stack.adapters, sources, factors),
+            adapters=adapter_records(found, sources, factors),
             options={name: getattr(options, name) for name in strategy.options},
-            dtype=", ".join(sorted({tensor.dtype for tensor in plan.merged})),
+            dtype=", ".join(sorted({t.dtype for t in (*plan.merged, *plan.replaced)})),
             verify=verify,
             tensors=tensors,
             bytes_written=plan.size,
-            parameters_touched=sum(tensor.count for tensor in plan.merged),
+            parameters_touched=sum(tensor.count for tensor in (*plan.merged, *plan.replaced)),
             sha256=sha256,
             details=_details(checkpoint, plan),
             notes=tuple(notes),
@@ -169,7 +174,7 @@ def merge_lora_adapters(
             raise RoundingLossError(report, max_rounding_loss)
         (staged / "merge_proof.json").write_text(report.as_text(), encoding="utf-8")
         (staged / "merge_report.md").write_text(report.as_markdown(timed=False), encoding="utf-8")
-        card = report.as_card(base_id=base_id(stack, sources), adapter=False)
+        card = report.as_card(base_id=base_id(base, sources), adapter=False)
         (staged / "README.md").write_text(card, encoding="utf-8")
     return report
 
@@ -205,14 +210,20 @@ def check_settings(verify: str, limit: float | None, workers: int | None) -> Non
         raise InputError(f"{workers} workers", where="--workers", remedy="1 or more")
 
 
-def _check_claims(stack: AdapterStack, checkpoint: CheckpointFiles) -> list[str]:
+def _by_name(digests: Mapping[Path, str]) -> dict[str, str]:
+    return {path.name: digest for path, digest in digests.items()}
+
+
+def _check_claims(
+    base: Base, adapters: Sequence[Adapter], checkpoint: CheckpointFiles
+) -> list[str]:
     """Hold the bases that the adapters name against the one given.
 
     A claimed base that is at hand and whose weights differ is refused; one that is elsewhere can
     only be noted.
     """
     notes = []
-    for source in stack.adapters:
+    for source in adapters:
         raw = json.loads((source.path / CONFIG_NAME).read_text(encoding="utf-8"))
         claim = raw.get("base_model_name_or_path")
         if not claim:
@@ -220,14 +231,14 @@ def _check_claims(stack: AdapterStack, checkpoint: CheckpointFiles) -> list[str]
         places = [(root / claim).resolve() for root in (source.path, Path.cwd())]
         here = next((place for place in places if place.is_dir()), None)
         if here is None:
-            if Path(claim).name not in (stack.base.path.name, Path(stack.base.source).name):
+            if Path(claim).name not in (base.path.name, Path(base.source).name):
                 notes.append(
                     f"{source.name} says that it was trained on {claim!r}, which is not here to "
                     "compare; shapes fit."
                 )
-        elif here != stack.base.path and not _same_weights(here, checkpoint):
+        elif here != base.path and not _same_weights(here, checkpoint):
             raise InputError(
-                f"was trained on {claim}, whose weights differ from {stack.base.source}",
+                f"was trained on {claim}, whose weights differ from {base.source}",
                 where=source.path / CONFIG_NAME,
                 remedy=f"give --base {claim}",
             )
@@ -240,16 +251,19 @@ def _same_weights(folder: Path, checkpoint: CheckpointFiles) -> bool:
         other = read_checkpoint(folder)
     except InputError:
         return True  # nothing to compare with
-    if set(other.places) != set(checkpoint.places):
+    if len(other.places) != len(checkpoint.places):
         return False
     for name, shard in checkpoint.places.items():
-        mine, theirs = checkpoint.entry(name), other.entry(name)
+        same = other.stored_name(name)
+        if same is None:
+            return False
+        mine, theirs = checkpoint.entry(name), other.entry(same)
         if mine.shape != theirs.shape:
             return False
         if mine.dtype != theirs.dtype:
             continue  # a conversion of the same model: shapes are all that can be compared
         heads = []
-        for file, entry in ((shard, mine), (other.places[name], theirs)):
+        for file, entry in ((shard, mine), (other.places[same], theirs)):
             with file.path.open("rb") as stream:
                 stream.seek(entry.start)
                 heads.append(stream.read(min(4096, entry.end - entry.start)))
@@ -259,7 +273,7 @@ def _same_weights(folder: Path, checkpoint: CheckpointFiles) -> bool:
 
 
 def _write_texts(
-    staged: Path, checkpoint: CheckpointFiles, plan: MergePlan, stack: AdapterStack
+    staged: Path, checkpoint: CheckpointFiles, plan: MergePlan, adapters: Sequence[Adapter]
 ) -> list[str]:
     """The index, and what has to be said anew in `config.json`; returns notes."""
     notes = []
@@ -277,9 +291,14 @@ def _write_texts(
             "The base ties its head to the embedding and an adapter changes one of them: the "
             "output stores both (tie_word_embeddings = false)."
         )
+    notes += [f"{t.name} is {t.saved_by}'s own, in place of the base's." for t in plan.replaced]
+    if plan.dequantised:
+        notes.append(
+            f"The base is 8-bit floats with scales; the output is {plan.dtype}, without them."
+        )
     # The engine takes the template of the last adapter that has one where the base has none.
     if not _has_template(checkpoint.folder):
-        for adapter in reversed(stack.adapters):
+        for adapter in reversed(adapters):
             if (adapter.path / "chat_template.jinja").is_file():
                 copy_beside(adapter.path, staged, [Path("chat_template.jinja")])
                 notes.append(f"The chat template is {adapter.name}'s; the base has none.")
@@ -317,9 +336,10 @@ def _details(checkpoint: CheckpointFiles, plan: MergePlan) -> dict[str, Any]:
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     return {
         "shards": len(plan.shards),
-        "tensors": len(tensors),
-        "tensors merged": len(plan.merged),
-        "tensors copied": sum(tensor.copied for tensor in tensors),
+        "tensors": len(plan.stored_names),
+        "tensors merged": len({tensor.stored_name for tensor in plan.merged}),
+        "tensors replaced": len(plan.replaced),
+        "tensors copied": sum(t.copied and not t.saved_by for t in tensors),
         "parameters": sum(tensor.count for tensor in tensors),
         "base bytes": sum(shard.size for shard in checkpoint.shards),
     }
@@ -338,9 +358,9 @@ def used_versions() -> dict[str, str]:
     }
 
 
-def base_id(stack: AdapterStack | None, sources: Sequence[Source]) -> str | None:
+def base_id(base: Base | None, sources: Sequence[Source]) -> str | None:
     """The base's hub id for a model card, where the adapters or the options name one."""
-    claims = [stack.base.source] if stack is not None else []
+    claims = [base.source] if base is not None else []
     claims += [source.files.config.base or "" for source in sources]
     for claim in claims:
         if _HUB_ID.fullmatch(claim) and not Path(claim).exists():

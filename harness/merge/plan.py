@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
 from harness.merge.factors import Term
+from harness.merge.quantised import Scale, is_quantised, scale_tensors, scales_of
 from harness.merge.storage import FLOATS
+from harness.merge.targets import Placement, SavedTensor
 from harness.tensor_files import DTYPE_BYTES, TensorEntry, TensorFile
 
 __all__ = ["MergePlan", "OutputTensor", "ShardPlan", "changed_config", "changed_index", "make_plan"]
 
-_HEAD = "lm_head"
-_FLOAT8_SCALES = ("weight_scale_inv", "weight_scale")
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,12 @@ class OutputTensor:
 
     Attributes:
         name, dtype, shape, start, end: as in a header; the range counts from the file's start.
-        source: the base's tensor that it is made of, in `source_file`.
+        source: the tensor that it is made of, in `source_file`: the base's, or one that an adapter
+            saved whole.
         terms: what is added; empty for a tensor that is copied or only converted.
+        scale: what the source's 8-bit numbers are multiplied with; None for plain numbers.
+        stacked_in: the header's name for the tensor of which this is one expert, else None.
+        saved_by: the adapter that saved the source, if one did.
     """
 
     name: str
@@ -43,11 +48,19 @@ class OutputTensor:
     source: TensorEntry
     source_file: TensorFile
     terms: tuple[Term, ...] = ()
+    scale: Scale | None = None
+    stacked_in: str | None = None
+    saved_by: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """The name in the header."""
+        return self.stacked_in or self.name
 
     @property
     def copied(self) -> bool:
         """Whether the bytes are the base's own."""
-        return not self.terms and self.dtype == self.source.dtype
+        return not self.terms and self.scale is None and self.dtype == self.source.dtype
 
     @property
     def count(self) -> int:
@@ -71,11 +84,13 @@ class MergePlan:
     Attributes:
         dtype: the safetensors name that all floating tensors get, or None to keep each one's.
         untied: whether the head gets a tensor of its own that the base did not have.
+        dequantised: whether the base is stored as 8-bit numbers with scales, the output is not.
     """
 
     shards: tuple[ShardPlan, ...]
     dtype: str | None
     untied: bool
+    dequantised: bool = False
 
     @property
     def size(self) -> int:
@@ -87,53 +102,81 @@ class MergePlan:
         """The tensors that adapters change."""
         return tuple(t for shard in self.shards for t in shard.tensors if t.terms)
 
+    @property
+    def replaced(self) -> tuple[OutputTensor, ...]:
+        """The tensors whose place one that an adapter saved takes."""
+        return tuple(t for shard in self.shards for t in shard.tensors if t.saved_by)
 
-def make_plan(
-    checkpoint: CheckpointFiles, terms: Mapping[str, tuple[Term, ...]], *, dtype: str | None
-) -> MergePlan:
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """Which shard holds each tensor of the headers."""
+        return {t.stored_name: shard.name for shard in self.shards for t in shard.tensors}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """A tensor that the output shall have: like `entry`, made of `source`."""
+
+    name: str
+    entry: TensorEntry
+    source: TensorEntry
+    file: TensorFile
+    dtype: str
+    saved_by: str | None = None
+
+
+def make_plan(checkpoint: CheckpointFiles, placement: Placement, *, dtype: str | None) -> MergePlan:
     """Place every tensor of the output.
 
     Raises:
-        InputError: a module that the base does not hold, another shape, a quantised target.
+        InputError: a target that is no floating tensor; a quantised base that cannot be read, or
+            without a *dtype* to store its numbers as.
     """
-    if checkpoint.config.get("quantization_config"):
-        raise InputError(
-            "is quantised (quantization_config); adding to quantised weights is not exact",
-            where=checkpoint.folder / "config.json",
-            remedy="merge into the unquantised base, then quantise the result",
-        )
-    embedding = _tied_embedding(checkpoint)
-    by_tensor: dict[str, tuple[Term, ...]] = {}
-    for module, found in terms.items():
-        name = f"{module}.weight"
-        if module == _HEAD and embedding is not None:
-            name = f"{_HEAD}.weight"
-        elif name not in checkpoint.places:
+    quantised = is_quantised(checkpoint, dtype)
+    scales = scales_of(checkpoint) if quantised else {}
+    dropped = scale_tensors(checkpoint) if quantised else frozenset()
+    embedding = checkpoint.embedding_name if checkpoint.tied else None
+    changed = placement.terms.keys() | placement.saved.keys()
+    for name in placement.terms.keys() & checkpoint.places.keys():
+        stored = checkpoint.entry(name).dtype
+        if stored not in FLOATS:
             raise InputError(
-                f"has no tensor {name!r}, which {found[0].source.name} adapts",
+                f"{name!r} is stored as {stored}, which is quantised",
                 where=checkpoint.folder,
-                remedy="give the base that the adapter was trained on; experts that transformers "
-                "fuses while loading cannot be merged tensor by tensor",
+                remedy="merge into the unquantised base",
             )
-        else:
-            _check_target(checkpoint, name, found)
-        by_tensor[name] = found
-    untied = embedding is not None and (f"{_HEAD}.weight" in by_tensor or embedding in by_tensor)
+    untied = embedding is not None and bool({_HEAD, embedding} & changed)
     shards = []
     for file in checkpoint.shards:
-        wanted = [(entry.name, entry, file) for entry in file.entries.values()]
+        found = [
+            (entry.name, entry, file)
+            for entry in file.entries.values()
+            if entry.name not in dropped
+        ]
         if untied and embedding is not None:
-            wanted = _with_own_head(wanted, checkpoint, embedding, file)
-        shards.append(_place(file, wanted, by_tensor, dtype))
-    return MergePlan(shards=tuple(shards), dtype=dtype, untied=untied)
+            found = _with_own_head(found, checkpoint, embedding, file)
+        wanted = [
+            _wanted(name, entry, place, placement.saved.get(name), dtype)
+            for name, entry, place in found
+        ]
+        shards.append(_place(file, wanted, placement.terms, scales))
+    return MergePlan(shards=tuple(shards), dtype=dtype, untied=untied, dequantised=quantised)
 
 
-def _tied_embedding(checkpoint: CheckpointFiles) -> str | None:
-    """The embedding's tensor where the head shares it."""
-    if not checkpoint.tied:
-        return None
-    ends = [name for name in checkpoint.places if name.endswith("embed_tokens.weight")]
-    return ends[0] if len(ends) == 1 else None
+def _wanted(
+    name: str, entry: TensorEntry, file: TensorFile, saved: SavedTensor | None, dtype: str | None
+) -> _Wanted:
+    stored = dtype if dtype and entry.dtype in FLOATS else entry.dtype
+    if saved is None:
+        return _Wanted(name=name, entry=entry, source=entry, file=file, dtype=stored)
+    return _Wanted(
+        name=name,
+        entry=entry,
+        source=saved.entry,
+        file=saved.file,
+        dtype=stored,
+        saved_by=saved.source.name,
+    )
 
 
 def _with_own_head(
@@ -143,79 +186,77 @@ def _with_own_head(
     file: TensorFile,
 ) -> list[tuple[str, TensorEntry, TensorFile]]:
     """The head as a tensor made of the embedding: what a tied head is before anything is added."""
-    head = f"{_HEAD}.weight"
     holder = checkpoint.places[embedding]
-    if head in checkpoint.places:  # stored, but loaders overwrite it with the embedding
+    if _HEAD in checkpoint.places:  # stored, but loaders overwrite it with the embedding
         return [
-            (name, holder.entries[embedding], holder) if name == head else (name, entry, place)
+            (name, holder.entries[embedding], holder) if name == _HEAD else (name, entry, place)
             for name, entry, place in wanted
         ]
-    return [*wanted, (head, holder.entries[embedding], holder)] if file is holder else wanted
-
-
-def _check_target(checkpoint: CheckpointFiles, name: str, terms: Sequence[Term]) -> None:
-    entry = checkpoint.entry(name)
-    for term in terms:
-        if entry.shape != term.shape:
-            raise InputError(
-                f"{term.module!r} needs a base weight of {list(term.shape)}, "
-                f"{checkpoint.folder} has {list(entry.shape)}",
-                where=term.source.files.tensors.path,
-                remedy="give the base that the adapter was trained on",
-            )
-    if entry.dtype not in FLOATS:
-        raise InputError(
-            f"{name!r} is stored as {entry.dtype}, which is quantised", where=checkpoint.folder,
-            remedy="merge into the unquantised base",
-        )  # fmt: skip
-    stem = name.removesuffix("weight")
-    for suffix in _FLOAT8_SCALES:
-        if stem + suffix in checkpoint.places:
-            raise InputError(
-                f"{name!r} comes with a scale ({suffix}): it is quantised",
-                where=checkpoint.folder,
-                remedy="merge into the unquantised base, then quantise the result",
-            )
+    return [*wanted, (_HEAD, holder.entries[embedding], holder)] if file is holder else wanted
 
 
 def _place(
     file: TensorFile,
-    wanted: Sequence[tuple[str, TensorEntry, TensorFile]],
+    wanted: Sequence[_Wanted],
     terms: Mapping[str, tuple[Term, ...]],
-    dtype: str | None,
+    scales: Mapping[str, Scale],
 ) -> ShardPlan:
-    def stored(entry: TensorEntry) -> str:
-        return dtype if dtype and entry.dtype in FLOATS else entry.dtype
-
-    same = [name for name, _, _ in wanted] == list(file.entries) and all(
-        stored(entry) == entry.dtype and file.entries[name].dtype == entry.dtype
-        for name, entry, _ in wanted
+    same = [one.name for one in wanted] == list(file.entries) and all(
+        one.dtype == file.entries[one.name].dtype for one in wanted
     )
     if same:
         with file.path.open("rb") as source:
             head = source.read(file.data_start)
     else:
-        head = _head(
-            [(name, stored(entry), entry.shape) for name, entry, _ in wanted], file.metadata
-        )
+        head = _head([(one.name, one.dtype, one.entry.shape) for one in wanted], file.metadata)
     position = len(head)
-    tensors = []
-    for name, entry, place in wanted:
-        size = entry.count * DTYPE_BYTES[stored(entry)]
-        tensors.append(
-            OutputTensor(
-                name=name,
-                dtype=stored(entry),
-                shape=entry.shape,
-                start=position,
-                end=position + size,
-                source=entry,
-                source_file=place,
-                terms=terms.get(name, ()),
-            )
+    tensors: list[OutputTensor] = []
+    for one in wanted:
+        size = one.entry.count * DTYPE_BYTES[one.dtype]
+        tensor = OutputTensor(
+            name=one.name,
+            dtype=one.dtype,
+            shape=one.entry.shape,
+            start=position,
+            end=position + size,
+            source=one.source,
+            source_file=one.file,
+            terms=terms.get(one.name, ()),
+            scale=scales.get(one.source.name) if one.saved_by is None else None,
+            saved_by=one.saved_by,
         )
+        tensors += _expert_by_expert(tensor) if _stacks_experts(tensor) else [tensor]
         position += size
     return ShardPlan(name=file.path.name, head=head, tensors=tuple(tensors), size=position)
+
+
+def _stacks_experts(tensor: OutputTensor) -> bool:
+    """Whether *tensor* stacks experts that adapters change one by one."""
+    return len(tensor.shape) == 3 and bool(tensor.terms)
+
+
+def _expert_by_expert(tensor: OutputTensor) -> list[OutputTensor]:
+    """A stacked tensor `(experts, rows, columns)` as one piece an expert."""
+    experts, rows, columns = tensor.shape
+    new = (tensor.end - tensor.start) // experts
+    old = (tensor.source.end - tensor.source.start) // experts
+    pieces = []
+    for expert in range(experts):
+        start = tensor.source.start + expert * old
+        source = replace(tensor.source, shape=(rows, columns), start=start, end=start + old)
+        pieces.append(
+            replace(
+                tensor,
+                name=f"{tensor.name}[{expert}]",
+                shape=(rows, columns),
+                start=tensor.start + expert * new,
+                end=tensor.start + (expert + 1) * new,
+                source=source,
+                terms=tuple(term for term in tensor.terms if term.expert == expert),
+                stacked_in=tensor.name,
+            )
+        )
+    return pieces
 
 
 def _head(
@@ -243,21 +284,23 @@ def changed_index(checkpoint: CheckpointFiles, plan: MergePlan) -> dict[str, Any
     """The index, where it has to say something else than the base's; otherwise None."""
     if checkpoint.index is None or (plan.dtype is None and not plan.untied):
         return None
-    places = {t.name: shard.name for shard in plan.shards for t in shard.tensors}
     metadata = dict(checkpoint.index.get("metadata") or {})
     metadata["total_size"] = sum(t.end - t.start for shard in plan.shards for t in shard.tensors)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(t.count for s in plan.shards for t in s.tensors)
-    return {**checkpoint.index, "metadata": metadata, "weight_map": dict(sorted(places.items()))}
+    places = dict(sorted(plan.stored_names.items()))
+    return {**checkpoint.index, "metadata": metadata, "weight_map": places}
 
 
 def changed_config(checkpoint: CheckpointFiles, plan: MergePlan) -> dict[str, Any] | None:
-    """`config.json`, where dtype or tying changed; otherwise None."""
+    """`config.json`, where dtype, tying or quantisation changed; otherwise None."""
     if plan.dtype is None and not plan.untied:
         return None
     config = dict(checkpoint.config)
     if plan.untied:
         config["tie_word_embeddings"] = False
+    if plan.dequantised:
+        config.pop("quantization_config", None)
     if plan.dtype is not None:
         name = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[
             plan.dtype

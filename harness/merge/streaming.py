@@ -34,7 +34,7 @@ Array = NDArray[Any]
 #: Called with bytes done and bytes in all.
 Progress = Callable[[int, int], None]
 
-_CHUNK_ROWS = 16 * ROWS
+_CHUNK_ROWS = 32 * ROWS
 _COPY_BYTES = 64 << 20
 _BUFFER_BYTES = 4 << 20
 _CONVERT_ENTRIES = 1 << 19
@@ -90,7 +90,8 @@ def write_shards(
                 if path not in sources:
                     sources[path] = os.open(path, os.O_RDONLY)
             outputs.append(_new_file(folder / shard.name, shard))
-        tasks = list(_tasks(plan, sources, recipe))
+        every = [list(_tasks(s, n, sources, recipe)) for n, s in enumerate(plan.shards)]
+        tasks = _interleaved(every, workers)
         worker = _Worker(outputs, sources, recipe, stop)
         # One thread a worker: threads inside BLAS would fight them, and could cut the sums anew.
         with threadpool_limits(limits=1, user_api="blas"):
@@ -153,26 +154,37 @@ def _new_file(path: Path, shard: ShardPlan) -> int:
     return descriptor
 
 
-def _tasks(plan: MergePlan, sources: dict[Path, int], recipe: Recipe) -> Iterator[_Task]:
-    for number, shard in enumerate(plan.shards):
-        run: tuple[int, int, int, int] | None = None
-        for tensor in shard.tensors:
-            if not tensor.copied:
-                if run:
-                    yield from _copies(number, run)
-                    run = None
-                yield from _computed(number, tensor, recipe)
-                continue
-            source = sources[tensor.source_file.path]
-            size = tensor.end - tensor.start
-            if run and run[0] == source and run[1] + run[3] == tensor.source.start:
-                run = (*run[:3], run[3] + size)  # neighbours in both files: one range
-            else:
-                if run:
-                    yield from _copies(number, run)
-                run = (source, tensor.source.start, tensor.start, size)
-        if run:
-            yield from _copies(number, run)
+def _interleaved(shards: Sequence[Sequence[_Task]], workers: int) -> list[_Task]:
+    """The tasks so that workers write to different files: the kernel lets one in at a time."""
+    found: list[_Task] = []
+    for first in range(0, len(shards), workers):
+        together = shards[first : first + workers]
+        for step in range(max(len(tasks) for tasks in together)):
+            found += [tasks[step] for tasks in together if step < len(tasks)]
+    return found
+
+
+def _tasks(
+    shard: ShardPlan, number: int, sources: dict[Path, int], recipe: Recipe
+) -> Iterator[_Task]:
+    run: tuple[int, int, int, int] | None = None
+    for tensor in shard.tensors:
+        if not tensor.copied:
+            if run:
+                yield from _copies(number, run)
+                run = None
+            yield from _computed(number, tensor, recipe)
+            continue
+        source = sources[tensor.source_file.path]
+        size = tensor.end - tensor.start
+        if run and run[0] == source and run[1] + run[3] == tensor.source.start:
+            run = (*run[:3], run[3] + size)  # neighbours in both files: one range
+        else:
+            if run:
+                yield from _copies(number, run)
+            run = (source, tensor.source.start, tensor.start, size)
+    if run:
+        yield from _copies(number, run)
 
 
 def _copies(shard: int, run: tuple[int, int, int, int]) -> Iterator[_Task]:
@@ -183,7 +195,9 @@ def _copies(shard: int, run: tuple[int, int, int, int]) -> Iterator[_Task]:
 
 
 def _computed(shard: int, tensor: OutputTensor, recipe: Recipe) -> Iterator[_Task]:
-    if not tensor.terms:
+    if tensor.scale is not None and not tensor.terms:
+        count, step = tensor.shape[0], _CHUNK_ROWS
+    elif not tensor.terms:
         count, step = tensor.count, _CONVERT_ENTRIES * 16
     else:
         count = tensor.shape[0]
@@ -214,6 +228,8 @@ class _Worker(threading.local):
                 self._copy(self.outputs[task.shard], *task.copy)
             elif task.tensor is not None and task.tensor.terms:
                 self._merge(self.outputs[task.shard], task.tensor, task.rows)
+            elif task.tensor is not None and task.tensor.scale is not None:
+                self._dequantise(self.outputs[task.shard], task.tensor, task.rows)
             elif task.tensor is not None:
                 self._convert(self.outputs[task.shard], task.tensor, task.rows)
         except _Cancelled:
@@ -269,10 +285,33 @@ class _Worker(threading.local):
             result = add_block(
                 raw, delta, inside, self.scratch,
                 stored=tensor.source.dtype, wanted=tensor.dtype, check=check,
+                scale=None if tensor.scale is None
+                else tensor.scale.rows(slice(first, last), columns),
             )  # fmt: skip
             _write(output, result.data.cast("B"), tensor.start + first * written)
         for term in tensor.terms:
             term.release()
+
+    def _dequantise(self, output: int, tensor: OutputTensor, rows: slice) -> None:
+        source, scale, columns = (
+            self.sources[tensor.source_file.path],
+            tensor.scale,
+            tensor.shape[1],
+        )
+        assert scale is not None
+        old, new = DTYPE_BYTES[tensor.source.dtype], DTYPE_BYTES[tensor.dtype]
+        for first in range(rows.start, rows.stop, ROWS):
+            self._go_on()
+            some = slice(first, min(first + ROWS, rows.stop))
+            space = self._space((some.stop - first) * columns * old)
+            _read(source, space, tensor.source.start + first * columns * old)
+            raw = np.frombuffer(space, RAW[tensor.source.dtype]).reshape(-1, columns)
+            numbers = decode(raw, tensor.source.dtype, np.float32) * scale.rows(some, columns)
+            result = encode(numbers, tensor.dtype)
+            back = decode(result, tensor.dtype, np.float32)
+            if (~np.isfinite(back) & np.isfinite(numbers)).any():
+                raise _overflow(tensor)
+            _write(output, result.data.cast("B"), tensor.start + first * columns * new)
 
     def _convert(self, output: int, tensor: OutputTensor, entries: slice) -> None:
         source = self.sources[tensor.source_file.path]

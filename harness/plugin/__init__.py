@@ -8,20 +8,38 @@ they mean is known below.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.adapter_files import adapter_digest
-from harness.completion import Application, Completion, Prompt
+from harness.completion import Completion, Prompt
 from harness.errors import InputError
 from harness.interrupts import terminable
 from harness.options import spellings
+from harness.plugin.accepted import ACCEPTED, Accepted, Completions, Judged
+from harness.plugin.latency import (
+    chosen_cells,
+    lora_cell,
+    lora_latency,
+    lora_measured,
+    pytest_benchmark_update_json,
+    pytest_benchmark_update_machine_info,
+    skip_without_meaning,
+)
+from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
-from harness.plugin.summary import case_of, outcome_of, write_end, write_summary
+from harness.plugin.summary import (
+    case_of,
+    outcome_of,
+    properties_of,
+    write_end,
+    write_summary,
+)
 from harness.preset import Preset
+from harness.provenance import versions
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack, Mode
 from harness.terminal import shown
@@ -30,7 +48,14 @@ from harness.verdict import Verdict
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
 
-__all__ = ["Completions"]
+__all__ = [
+    "Completions",
+    "lora_cell",
+    "lora_latency",
+    "lora_measured",
+    "pytest_benchmark_update_json",
+    "pytest_benchmark_update_machine_info",
+]
 
 _MARKERS = (
     "gpu: needs CUDA; skipped without it, an error with --require-gpu",
@@ -68,6 +93,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest=DEST + "profile",
         help="keep snapshots apart in snapshots/NAME/",
     )
+    group.addoption(
+        "--no-replay",
+        action="store_true",
+        dest=DEST + "no_replay",
+        help="generate every completion anew, instead of replaying what is accepted",
+    )
+    group.addoption(
+        "--lora-drift",
+        choices=("fail", "warn"),
+        dest=DEST + "drift",
+        help="whether moved probabilities of an unchanged text fail (the default) or only warn",
+    )
+    parser.addini("lora_drift", "as --lora-drift: fail or warn", default="fail")
     parser.addini("lora_snapshots", "the folder of accepted completions", default="snapshots")
 
 
@@ -82,6 +120,11 @@ def pytest_configure(config: pytest.Config) -> None:
             _ = setting.stack, setting.preset
         except InputError as error:
             raise pytest.UsageError(shown(str(error))) from None
+        if os.environ.get("CI") and config.getoption("update_snapshots", False):
+            raise pytest.UsageError(
+                "--snapshot-update: CI never accepts snapshots (CI is set in the environment) → "
+                "accept them where a person reads them: lora-stack review"
+            )
 
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
@@ -90,8 +133,11 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
         return None
     stack = setting.stack
     lines = [f"lora-stack: {stack.name}, base {stack.base.source} ({stack.base.chosen_by})"]
+    if stack.random:
+        lines.append("  RANDOM WEIGHTS: only times mean anything; every other test is skipped")
     lines += [
-        f"  adapter {a.name}: {a.source} sha256 {adapter_digest(a.path)[:12]}"
+        f"  adapter {a.name}: {a.source}"
+        + (f" sha256 {adapter_digest(a.path)[:12]}" if a.random_rank is None else "")
         for a in stack.adapters
     ]
     lines.append(
@@ -99,23 +145,14 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
         f"of {setting.preset.name}; device {setting.values['device'] or 'default'}, "
         f"dtype {setting.values['dtype'] or 'as stored'}"
     )
-    lines.append("  " + ", ".join(f"{k} {v}" for k, v in _versions().items()))
+    lines.append("  " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     return [shown(line) for line in lines]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
-    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode"}
+    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode",
+            "lora_cell"}  # fmt: skip
     if not ours.intersection(names):
         return
     setting = metafunc.config.stash[SETTING]
@@ -123,6 +160,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         stack, preset = setting.stack, setting.preset
     except InputError as error:
         raise pytest.UsageError(shown(str(error))) from None
+    if "lora_cell" in names:
+        try:
+            cells = chosen_cells(setting)
+        except InputError as error:
+            raise pytest.UsageError(shown(str(error))) from None
+        _parametrize(metafunc, "lora_cell", [(cell.key, cell) for cell in cells])
     if "lora_mode" in names:
         _parametrize(metafunc, "lora_mode", [(m.name, m) for m in stack.modes])
     if "lora_declared_mode" in names:
@@ -156,6 +199,7 @@ def _pairs(stack: AdapterStack) -> list[tuple[Mode, Mode]]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    skip_without_meaning(item)
     if item.get_closest_marker("gpu") is None:
         return
     import torch
@@ -235,53 +279,39 @@ def lora_prompt(request: pytest.FixtureRequest) -> Prompt:
     return request.param  # type: ignore[no-any-return]
 
 
-class Completions:
-    """What each mode says to the preset's prompts; generated in one batch when first asked for."""
-
-    def __init__(self, engine: PeftEngine, preset: Preset) -> None:
-        self._engine, self._preset = engine, preset
-        self._found: dict[tuple[Mode, Application], tuple[Completion, ...]] = {}
-        self._lost: dict[tuple[Mode, Application], str] = {}
-        self._broken = ""
-
-    def of(self, mode: Mode, application: Application = Application.LIVE) -> tuple[Completion, ...]:
-        """The completions of *mode*, in the order of the preset's prompts.
-
-        A mode that runs out of memory fails its tests, each at once, and the other modes go on;
-        after a broken device (a sticky CUDA error) every mode that was not generated yet fails.
-        """
-        key = (mode, application)
-        if key not in self._found:
-            if lost := self._lost.get(key, self._broken):
-                pytest.fail(lost, pytrace=False)
-            self._generate(mode, application)
-        return self._found[key]
-
-    def _generate(self, mode: Mode, application: Application) -> None:
-        from harness.engines.faults import device_fault, give_memory_back
-
-        try:
-            self._found[mode, application] = self._engine.generate(
-                self._preset.prompts, mode, self._preset.settings, application=application
-            )
-            return
-        except Exception as error:
-            fault = device_fault(error)
-            if fault is None:
-                raise
-        lost = shown(f"{mode.name}: {fault.said}\n→ {fault.remedy}")
-        self._lost[mode, application] = lost
-        if fault.sticky:
-            self._broken = f"the device has been broken since {lost}"
-        else:
-            give_memory_back()
-        pytest.fail(lost, pytrace=False)
+@pytest.fixture(scope="session")
+def _lora_accepted(
+    pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_preset: Preset
+) -> Accepted:
+    setting = pytestconfig.stash[SETTING]
+    accepted = Accepted(
+        engine=lora_engine,
+        preset=lora_preset,
+        root=pytestconfig.rootpath,
+        snapshots=pytestconfig.rootpath / pytestconfig.getini("lora_snapshots"),
+        profile=pytestconfig.getoption(DEST + "profile"),
+        replaying=not pytestconfig.getoption(DEST + "no_replay"),
+        drift_fails=setting.drift_fails,
+    )
+    pytestconfig.stash[ACCEPTED] = accepted
+    return accepted
 
 
 @pytest.fixture(scope="session")
-def lora_completions(lora_engine: PeftEngine, lora_preset: Preset) -> Completions:
+def lora_completions(_lora_accepted: Accepted) -> Completions:
     """`lora_completions.of(mode)`: what the mode says to every prompt of the preset."""
-    return Completions(lora_engine, lora_preset)
+    return _lora_accepted.completions
+
+
+@pytest.fixture(scope="session")
+def lora_stopping_completions(
+    pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_completions: Completions
+) -> Completions:
+    """`.of(mode)` over the preset that stopping is judged on; rates need many prompts."""
+    setting = pytestconfig.stash[SETTING]
+    if setting.stopping_preset == setting.preset:
+        return lora_completions
+    return Completions(lora_engine, setting.stopping_preset)
 
 
 @pytest.fixture
@@ -293,36 +323,23 @@ def lora_completion(
 
 
 @pytest.fixture(scope="session")
-def _lora_snapshot_extension(
-    pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_stack: AdapterStack
-) -> type[Any]:
+def _lora_snapshot_extension(_lora_accepted: Accepted) -> type[Any]:
     from harness.snapshot import snapshot_extension
 
-    root = pytestconfig.rootpath / pytestconfig.getini("lora_snapshots")
-    profile = pytestconfig.getoption(DEST + "profile")
-    base = lora_stack.base
-    made_with = {
-        "base": f"{base.source}@{base.revision}" if base.revision else base.path.name,
-        **{f"adapter_{a.name}": adapter_digest(a.path)[:16] for a in lora_stack.adapters},
-        "device": lora_engine.device,
-        "dtype": lora_engine.dtype,
-        **_versions(),
-    }
-    return snapshot_extension(root / profile if profile else root, made_with)
+    accepted = _lora_accepted
+    return snapshot_extension(accepted.folder, accepted.taken, accepted.judge)
 
 
 @pytest.fixture
 def lora_snapshot(
     snapshot: Any,
     _lora_snapshot_extension: type[Any],
-    lora_preset: Preset,
+    _lora_accepted: Accepted,
     lora_prompt: Prompt,
     lora_mode: Mode,
 ) -> Any:
     """The accepted completion of this mode and prompt: `assert completion == lora_snapshot`."""
-    from harness.snapshot import snapshot_name
-
-    name = snapshot_name(lora_preset.name, lora_prompt.id, lora_mode.name)
+    name = _lora_accepted.name(lora_prompt, lora_mode)
     return snapshot.use_extension(_lora_snapshot_extension)(name=name)
 
 
@@ -346,9 +363,20 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     # User properties travel to JUnit, and from xdist's workers to the controller's summary.
     if call.when == "call" and (parameters := case_of(item)):
         item.user_properties.extend(parameters.items())
+        judged = _concluded(item)
         if not any(name == "lora_verdict" for name, _ in item.user_properties):
-            item.user_properties.append(("lora_verdict", outcome_of(item, call).value))
+            item.user_properties.append(("lora_verdict", outcome_of(call, judged).value))
+        item.user_properties.extend(properties_of(judged))
     return (yield)
+
+
+def _concluded(item: pytest.Item) -> list[Judged]:
+    """The test's comparisons with snapshots, each recorded for review."""
+    snapshot = getattr(item, "funcargs", {}).get("lora_snapshot")
+    accepted = item.config.stash.get(ACCEPTED, None)
+    if snapshot is None or accepted is None:
+        return []
+    return accepted.conclude(snapshot.executions)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -357,6 +385,32 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         ending = contextlib.ExitStack()
         ending.enter_context(terminable())
         session.config.add_cleanup(ending.close)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Before -k, -m and --deselect take tests away: what they leave out is still asked for.
+    remember_collected(config, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if not config.stash[SETTING].asked_for or ORPHANS in config.stash:
+        return
+    orphans = find_orphans(config)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["lora_orphans"] = orphans
+    else:
+        config.stash[ORPHANS] = orphans
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Under xdist the workers collect, each of them everything."""
+    found = getattr(node, "workeroutput", {}).get("lora_orphans")
+    if found is not None:
+        node.config.stash[ORPHANS] = found
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

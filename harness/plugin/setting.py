@@ -10,47 +10,78 @@ from typing import Any
 
 import pytest
 
-from harness.options import PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS, Option, stack_options
+from harness.options import (
+    BENCH_OPTIONS,
+    PROMPT_OPTIONS,
+    RUN_OPTIONS,
+    STACK_OPTIONS,
+    Option,
+    random_ranks,
+    stack_options,
+)
 from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
 
-__all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "ini_name", "read_setting"]
+__all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "case_name", "ini_name", "read_setting"]
 
 #: What every option's destination starts with: pytest's namespace is shared by all plugins.
 DEST = "lora_stack_"
-OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS
+OPTIONS = STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS + BENCH_OPTIONS
 
 
 @dataclass(kw_only=True)
 class Setting:
-    """What this session tests; resolved once, when first asked for."""
+    """What this session tests; resolved once, when first asked for.
+
+    Attributes:
+        modes_chosen: the command line names a stack or modes, which may not be all there are
+            snapshots of.
+    """
 
     options: StackOptions
     folder: Path
     values: Mapping[str, Any]
     asked_for: bool
+    drift_fails: bool = True
+    modes_chosen: bool = False
     _stack: AdapterStack | None = None
     _preset: Preset | None = None
+    _stopping_preset: Preset | None = None
 
     @property
     def stack(self) -> AdapterStack:
         if self._stack is None:
-            self._stack = stack_from_options(self.options, folder=self.folder)
+            self._stack = stack_from_options(
+                self.options,
+                folder=self.folder,
+                random_base=True,
+                random_ranks=random_ranks(self.values.get("random_rank")),
+            )
         return self._stack
 
     @property
     def preset(self) -> Preset:
         if self._preset is None:
-            file = self.values.get("prompts")
-            self._preset = choose_preset(
-                self.values.get("preset"),
-                self.folder / file if file else None,
-                standing=self.stack.preset,
-                max_new_tokens=self.values.get("max_new_tokens"),
-                batch_size=self.values.get("batch_size"),
-            )
+            self._preset = self._choose(self.stack.preset)
         return self._preset
+
+    @property
+    def stopping_preset(self) -> Preset:
+        """What stopping is judged on: the preset that is asked for, else the stack's for that."""
+        if self._stopping_preset is None:
+            self._stopping_preset = self._choose(self.stack.stopping_preset or self.stack.preset)
+        return self._stopping_preset
+
+    def _choose(self, standing: str | None) -> Preset:
+        file = self.values.get("prompts")
+        return choose_preset(
+            self.values.get("preset"),
+            self.folder / file if file else None,
+            standing=standing,
+            max_new_tokens=self.values.get("max_new_tokens"),
+            batch_size=self.values.get("batch_size"),
+        )
 
 
 SETTING = pytest.StashKey[Setting]()
@@ -79,7 +110,23 @@ def read_setting(config: pytest.Config) -> Setting:
         folder=config.invocation_params.dir if from_command_line else config.rootpath,
         values=values,
         asked_for=options.named or bool(modes) or any(given.values()),
+        drift_fails=_drift_fails(config),
+        modes_chosen=from_command_line or bool(given["modes"]),
     )
+
+
+def case_name(setting: Setting, prompt: str, mode: str) -> str:
+    """The file name, without suffix, of a prompt's snapshot in a mode."""
+    from harness.snapshot import snapshot_name
+
+    return snapshot_name(setting.preset.name, prompt, mode)
+
+
+def _drift_fails(config: pytest.Config) -> bool:
+    chosen = config.getoption(DEST + "drift") or config.getini("lora_drift")
+    if chosen not in ("fail", "warn"):
+        raise pytest.UsageError(f"lora_drift: {chosen!r} is neither fail nor warn")
+    return bool(chosen == "fail")
 
 
 def _count(value: object, name: str) -> int | None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.errors import InputError
+from harness.plugin.orphans import ORPHANS
 from harness.plugin.setting import SETTING
 from harness.terminal import shown
-from harness.verdict import Outcome
+from harness.verdict import Outcome, overall
 
-__all__ = ["case_of", "outcome_of", "write_end", "write_summary"]
+if TYPE_CHECKING:
+    from harness.plugin.accepted import Judged
+
+__all__ = ["case_of", "outcome_of", "properties_of", "write_end", "write_summary"]
+
+
+_SHOWN = 10
 
 
 def case_of(item: pytest.Item) -> dict[str, str]:
@@ -30,52 +36,80 @@ def case_of(item: pytest.Item) -> dict[str, str]:
     return found
 
 
-def outcome_of(item: pytest.Item, call: pytest.CallInfo[None]) -> Outcome:
-    if call.excinfo is None:
-        return Outcome.HELD
-    if call.excinfo.errisinstance(pytest.skip.Exception):
+def outcome_of(call: pytest.CallInfo[None], judged: Sequence[Judged]) -> Outcome:
+    """What the test's snapshots say; without any, whether it passed."""
+    if call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception):
         return Outcome.SKIPPED
-    snapshot = getattr(item, "funcargs", {}).get("lora_snapshot")
-    for result in snapshot.executions.values() if snapshot is not None else ():
-        if not result.success:
-            return _snapshot_outcome(result)
-    return Outcome.FAILED
+    if call.excinfo is None:
+        # What was just accepted is held; a drift that only warns is still a drift.
+        passed = (Outcome.HELD, Outcome.TIE, Outcome.DRIFT)
+        found = [j.verdict for j in judged if j.verdict.outcome in passed and not j.written]
+        return overall(found) if found else Outcome.HELD
+    failed = [j.verdict for j in judged if not j.verdict.passed and not j.written]
+    return overall(failed) if failed else Outcome.FAILED
 
 
-def _snapshot_outcome(result: Any) -> Outcome:
-    from harness.snapshot import differences, read_snapshot
-
-    if result.recalled_data is None:
-        return Outcome.MISSING
-    try:
-        accepted = read_snapshot(str(result.recalled_data), where=result.snapshot_location)
-    except InputError:
-        return Outcome.UNREADABLE
-    fresh = read_snapshot(str(result.asserted_data), where="the completion")
-    lines = differences(accepted, fresh)
-    incomparable = any(line.startswith("incomparable") for line in lines)
-    return Outcome.INCOMPARABLE if incomparable else Outcome.CHANGED
+def properties_of(judged: Sequence[Judged]) -> list[tuple[str, str]]:
+    """What travels with a test's report beside the verdict: how its completion was come by, the
+    noise floor, and the evidence where something is to be told."""
+    found: list[tuple[str, str]] = []
+    for one in judged:
+        found.append(("lora_replay", one.how))
+        if one.floor is not None:
+            found.append(("lora_noise_floor", str(one.floor)))
+        if one.verdict.outcome in (Outcome.TIE, Outcome.DRIFT) and not one.written:
+            lines = "\n".join(one.verdict.evidence)
+            found.append(("lora_evidence", shown(f"{one.verdict.name}: {lines}")))
+    return found
 
 
 def write_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The table modes × verdicts, and the command to run next."""
     counts: dict[str, Counter[str]] = {}
+    told: list[str] = []
+    ways: Counter[str] = Counter()
+    floors: set[str] = set()
     for reports in terminalreporter.stats.values():
         for report in reports:
             properties = dict(getattr(report, "user_properties", ()))
             if getattr(report, "when", None) == "call" and "lora_mode" in properties:
                 row = counts.setdefault(properties["lora_mode"], Counter())
                 row[properties["lora_verdict"]] += 1
-    if not counts:
+                ways.update([properties["lora_replay"]] if "lora_replay" in properties else ())
+                floors.update(
+                    [properties["lora_noise_floor"]] if "lora_noise_floor" in properties else ()
+                )
+                if report.passed and "lora_evidence" in properties:
+                    verdict = properties["lora_verdict"]
+                    told.append(f"{verdict}: {properties['lora_evidence']}")
+    orphans = config.stash.get(ORPHANS, [])
+    if not counts and not orphans:
         return
     outcomes = [o.value for o in Outcome if any(row[o.value] for row in counts.values())]
     terminalreporter.section("lora-stack: modes × verdicts")
     order = [m.name for m in config.stash[SETTING].stack.modes]
-    width = max(len(mode) for mode in counts)
+    width = max((len(mode) for mode in counts), default=0)
     terminalreporter.line(" " * width + "".join(f"{name:>14}" for name in outcomes))
     for mode in sorted(counts, key=lambda m: order.index(m) if m in order else len(order)):
         cells = "".join(f"{counts[mode][name] or '·':>14}" for name in outcomes)
         terminalreporter.line(f"{mode:<{width}}{cells}")
+    if ways:
+        terminalreporter.line(
+            "completions: " + ", ".join(f"{count} {way}" for way, count in ways.most_common())
+        )
+    if floors:
+        # One a mode; the highest stands for all. Each begins with its figure.
+        highest = max(floors, key=lambda floor: float(floor.split()[0]))
+        terminalreporter.line(f"noise floor: at most {highest}")
+    for lines in told:
+        terminalreporter.line(lines.replace("\n", "\n  "))
+    if orphans:
+        terminalreporter.line(f"{len(orphans)} files of snapshots that no test asks for:")
+        for path in orphans[:_SHOWN]:
+            terminalreporter.line(f"  {shown(path)}")
+        if len(orphans) > _SHOWN:
+            terminalreporter.line(f"  and {len(orphans) - _SHOWN} more")
+        terminalreporter.line("  → git rm them, or bring their tests back")
     for line in _next_commands(config, outcomes):
         terminalreporter.line(line)
 
@@ -106,8 +140,12 @@ def _next_commands(config: pytest.Config, outcomes: Sequence[str]) -> list[str]:
     again = shlex.join(["pytest", *config.invocation_params.args])
     if Outcome.UNREADABLE in outcomes:
         return ["next: restore the unreadable snapshot files, then run again"]
-    if {Outcome.CHANGED, Outcome.MISSING, Outcome.INCOMPARABLE}.intersection(outcomes):
-        return [f"next: read the differences above; to accept them: {again} --snapshot-update"]
+    to_accept = {Outcome.DRIFT, Outcome.CHANGED, Outcome.MISSING, Outcome.INCOMPARABLE}
+    if to_accept.intersection(outcomes):
+        return [
+            "next: lora-stack review shows the differences and accepts or rejects them; "
+            f"to accept all: {again} --snapshot-update"
+        ]
     if Outcome.FAILED in outcomes:
         return ["next: see what each mode says side by side: lora-stack run"]
     return []

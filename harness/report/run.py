@@ -20,8 +20,9 @@ from harness.markdown import code_block, inline, table
 from harness.preset import Preset
 from harness.stack import AdapterStack
 from harness.staging import staged_folder
+from harness.stopping.judging import judge_stopping
 from harness.textdiff import word_diff_line
-from harness.verdict import Outcome, Verdict, judge_effect, judge_stopping, overall
+from harness.verdict import Outcome, Verdict, judge_effect, overall
 
 __all__ = [
     "RunReport",
@@ -71,15 +72,22 @@ class RunReport:
     @property
     def outcome(self) -> Outcome:
         """The worst verdict; `undecided` when the run did not get to its end."""
-        return overall(self.verdicts) if self.complete else Outcome.UNDECIDED
+        if not self.complete:
+            return Outcome.UNDECIDED
+        made = [verdict for verdict in self.verdicts if verdict.outcome is not Outcome.SKIPPED]
+        return overall(made or self.verdicts)
 
 
 def judge_run(
     stack: AdapterStack, completions: Mapping[str, Sequence[Completion]]
 ) -> tuple[Verdict, ...]:
-    """What a run can tell by its outputs: declared stopping, and that adapters have an effect."""
+    """What a run can tell by its outputs: declared stopping, and that adapters have an effect.
+
+    A run can refute a declaration by one completion. Where its prompts are too few to prove a
+    rate, that is skipped and said, not held: `lora-stack stopping` judges it.
+    """
     verdicts = [
-        judge_stopping(mode, stack.stops[mode], found)
+        judge_stopping(mode, stack.stops[mode], found, too_few=Outcome.SKIPPED)
         for mode, found in completions.items()
         if mode in stack.stops
     ]

@@ -3,6 +3,15 @@
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What is remembered between runs lies apart from the user's, and starts empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("CI", raising=False)  # where no snapshot is accepted
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A random Qwen3 base and two adapters on disk (`TinyStack`). Not to be written to."""

@@ -111,7 +111,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda t: t.pop(FIRST), "lora_A is missing"),
         (
             lambda t: t.update({"lm_head.weight": t[FIRST] * 1}),
-            "'lm_head.weight' is no LoRA factor",
+            "'lm_head.weight': names a base weight",
         ),
         (lambda t: t.update({FIRST: t[FIRST].flatten()}), "not two dimensions"),
         (lambda t: t.update({FIRST: t[FIRST].char()}), "is I8"),
@@ -119,7 +119,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda t: t.clear(), "holds no LoRA factors"),
         (
             lambda t: t.update({FIRST.removeprefix("base_model."): t.pop(FIRST)}),
-            "is no LoRA factor",
+            "lacks the prefix",
         ),
     ],
     ids=["half", "base-weight", "flat", "int8", "rank", "empty", "prefix"],

@@ -75,10 +75,10 @@ def test_same_folders_elsewhere_give_the_same_tokens(capsys, tiny, tmp_path_fact
     assert len(found[0]) == 32
 
 
-def test_failed_verdict_is_exit_code_1(capsys):
-    # Two tokens are too few for the stacked mode to stop, which its stack.toml promises.
+def test_verdict_that_does_not_pass_is_exit_code_1(capsys):
+    # Two tokens are too few to see whether the stacked mode stops, which its stack.toml promises.
     assert run("--max-new-tokens", "2") == 1
-    assert "✗ stopping: stacked: failed" in capsys.readouterr().out
+    assert "✗ stopping: stacked: undecided" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

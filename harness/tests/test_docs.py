@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.options import PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS
+from harness.options import BENCH_OPTIONS, PROMPT_OPTIONS, RUN_OPTIONS, STACK_OPTIONS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
-    "option", STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS, ids=lambda o: o.flag
+    "option", STACK_OPTIONS + PROMPT_OPTIONS + RUN_OPTIONS + BENCH_OPTIONS, ids=lambda o: o.flag
 )
 def test_option_is_documented(option):
     assert option.flag in (DOCS / "pytest.md").read_text(encoding="utf-8")

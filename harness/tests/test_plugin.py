@@ -56,21 +56,110 @@ def test_update_of_some_cases_keeps_the_others(project, stack_arguments):
     assert len(list((project.path / "snapshots").rglob("*.toml"))) == 8
 
 
+def accept_otherwise(file, **changes):
+    """Accept another completion at *file*, as if the model had said it."""
+    from dataclasses import replace
+
+    from harness.snapshot import read_stored, stored_form
+    from harness.snapshot_files import write_pair
+
+    form = stored_form(replace(read_stored(file).snapshot, **changes))
+    write_pair(file, str(form).encode(), form.evidence)
+
+
 def test_changed_completion_shows_words_and_verdict(project, stack_arguments):
     project.makepyfile(GENERATION)
     project.runpytest_inprocess("--snapshot-update", *stack_arguments)
     file = next((project.path / "snapshots").rglob("*prompt-1--stacked.toml"))
-    text = file.read_text()
-    tokens = next(line for line in text.splitlines() if line.startswith("completion = "))
-    file.write_text(text.replace(tokens, 'completion = "1 2 3 4"'))
+    accept_otherwise(file, token_ids=(1, 2, 3, 4), text="four")
     unreadable = next((project.path / "snapshots").rglob("*prompt-1--base.toml"))
     unreadable.write_text("<<<<<<< HEAD\n")
     result = project.runpytest_inprocess(*stack_arguments)
     result.assert_outcomes(failed=2, passed=6)
-    result.stdout.fnmatch_lines(["*token 1 is the first that differs: 1 accepted*"])
-    result.stdout.fnmatch_lines(["*unreadable: *line 1: a merge-conflict marker*"])
-    result.stdout.fnmatch_lines(["*held*changed*unreadable*"])
+    result.stdout.fnmatch_lines(["*token 1 is the first that differs: *(1) accepted, *"])
+    result.stdout.fnmatch_lines(["*line 1: a merge-conflict marker*"])
+    result.stdout.fnmatch_lines(["*held*changed*unreadable*", "completions: 6 replayed, *"])
+    result.stdout.fnmatch_lines(["noise floor: at most * nats *"])
     assert unreadable.read_text() == "<<<<<<< HEAD\n"
+
+
+def test_what_was_compared_is_left_for_review_and_accepted_there(project, stack_arguments):
+    from harness.pending import accept, read_records
+
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess(*stack_arguments)
+    missing = read_records(project.path)
+    assert {case.outcome for case in missing.cases} == {"missing"}
+    assert len(missing.pending) == 8
+    decided = accept(project.path, missing.pending)
+    assert [one.refused for one in decided if one.refused] == []
+    accepted = project.runpytest_inprocess(*stack_arguments)
+    accepted.assert_outcomes(passed=8)
+    assert {case.outcome for case in read_records(project.path).cases} == {"held"}
+
+
+def test_drift_fails_or_warns_as_asked(project, stack_arguments):
+    import numpy as np
+
+    from harness.evidence import Evidence
+    from harness.snapshot import read_stored
+
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
+    file = next((project.path / "snapshots").rglob("*prompt-1--stacked.toml"))
+    evidence = read_stored(file).snapshot.evidence
+    moved = Evidence(
+        logprobs=evidence.logprobs - 0.05,
+        top_ids=evidence.top_ids,
+        top_logprobs=evidence.top_logprobs - 0.05 * np.ones(5),
+    )
+    accept_otherwise(file, evidence=moved)
+    before = file.read_bytes()
+    failed = project.runpytest_inprocess(*stack_arguments)
+    failed.assert_outcomes(failed=1, passed=7)
+    failed.stdout.fnmatch_lines(["*drift: *prompt-1--stacked*", "*moved by 0.05 nats*"])
+    warned = project.runpytest_inprocess("--lora-drift=warn", *stack_arguments)
+    warned.assert_outcomes(passed=8)
+    warned.stdout.fnmatch_lines(["*held*drift*", "drift: *prompt-1--stacked: *moved by 0.05 nats*"])
+    assert file.read_bytes() == before
+    project.makeini("[pytest]\nlora_drift = perhaps")
+    wrong = project.runpytest_subprocess(*stack_arguments)
+    wrong.stderr.fnmatch_lines(["*'perhaps' is neither fail nor warn*"])
+
+
+def test_generating_anew_on_request_says_the_same(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
+    result = project.runpytest_inprocess("--no-replay", *stack_arguments)
+    result.assert_outcomes(passed=8)
+    result.stdout.fnmatch_lines(["completions: 8 generated (nothing accepted to replay)"])
+
+
+def test_ci_accepts_nothing(project, stack_arguments, monkeypatch):
+    project.makepyfile(GENERATION)
+    monkeypatch.setenv("CI", "true")
+    refused = project.runpytest_subprocess("--snapshot-update", *stack_arguments)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["*CI never accepts snapshots*"])
+    assert not (project.path / "snapshots").exists()
+
+
+def test_snapshots_that_no_test_asks_for_are_named_and_kept(project, stack_arguments):
+    project.makepyfile(test_one=GENERATION, test_two=GENERATION)
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
+    for selection in (["-k", "stacked"], ["--modes=base"], ["-n1"], ["test_one.py"]):
+        quiet = project.runpytest_subprocess(*selection, *stack_arguments)
+        assert quiet.ret == 0
+        quiet.stdout.no_fnmatch_line("*no test asks for*")
+    (project.path / "test_two.py").unlink()
+    (project.path / "p.txt").write_text("Hello\n")
+    for workers in ([], ["-n1"]):
+        result = project.runpytest_subprocess(*workers, *stack_arguments)
+        result.assert_outcomes(passed=4)
+        result.stdout.fnmatch_lines(
+            ["24 files of snapshots that no test asks for:", "  snapshots/test_one/p--prompt-2--*"]
+        )
+    assert len(list((project.path / "snapshots").rglob("*.toml"))) == 16
 
 
 def test_profile_keeps_snapshots_apart(project, stack_arguments):

@@ -150,7 +150,7 @@ def test_bad_options_are_refused(copies, monkeypatch, options, complaint):
         ("adapters = 3", "not a table of paths"),
         ("base = 'base'\nstops = 3", "is not a table"),
         ("base = 'base'\n[stops]\nstacked = 'always'", "names 'stacked', which is no mode"),
-        ("base = 'base'\n[stops]\nbase = 'sometimes'", "base = 'sometimes'"),
+        ("base = 'base'\n[stops]\nbase = 'sometimes'", "base: 'sometimes' declares no stopping"),
         ("base = 'base'\n[stops]\nbase = {min_rate = 2}", "min_rate"),
         ("base = ", "not valid TOML"),
     ],

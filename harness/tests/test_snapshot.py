@@ -1,14 +1,23 @@
-"""Accepted completions: what is stored is read back, and differences are named."""
+"""Accepted completions: what is stored is read back, and whatever else lies there is said."""
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.completion import Application, Completion, GenerationSettings, Prompt, StopReason
 from harness.errors import InputError
-from harness.snapshot import differences, read_snapshot, snapshot_name, snapshot_of, write_form
+from harness.snapshot import (
+    draft_tokens,
+    read_snapshot,
+    read_stored,
+    snapshot_name,
+    snapshot_of,
+    stored_form,
+    write_form,
+)
+from harness.snapshot_files import sidecar_of, write_pair
 
 # TOML cannot hold lone surrogates, and no tokenizer decodes to them.
 texts = st.text(st.characters(exclude_categories=("Cs",)))
@@ -40,10 +49,10 @@ def test_stored_form_is_read_back_exactly(text, tokens, prompt, reason):
     assert read_snapshot(write_form(snapshot), where="x") == snapshot
 
 
-@given(settings=st.builds(GenerationSettings, seed=st.none() | st.integers(0, 9),
+@given(chosen=st.builds(GenerationSettings, seed=st.none() | st.integers(0, 9),
                           stop_strings=st.lists(st.text("ab", min_size=1)).map(tuple)))  # fmt: skip
-def test_settings_are_stored_without_nulls(settings):
-    snapshot = snapshot_of(completion(settings=settings), {})
+def test_settings_are_stored_without_nulls(chosen):
+    snapshot = snapshot_of(completion(settings=chosen), {})
     assert read_snapshot(write_form(snapshot), where="x").settings == snapshot.settings
 
 
@@ -54,42 +63,6 @@ def test_no_two_cases_share_a_file(cases):
     assert not any(set('/\\?*:|"<>') & set(name) for name in names)
 
 
-def lines(**changes):
-    accepted = snapshot_of(completion(), {"dtype": "float32"})
-    return "\n".join(
-        differences(accepted, snapshot_of(completion(**changes), {"dtype": "float16"}))
-    )
-
-
-def test_same_tokens_are_no_difference_whatever_the_versions():
-    assert lines() == ""
-
-
-def test_changed_token_is_named_with_words_and_provenance():
-    found = lines(token_ids=(3, 9, 5), text="In the barn.")
-    assert "token 2 is the first that differs: 4 accepted, 9 now" in found
-    assert "In the [-wood-]{+barn+}." in found
-    assert "dtype: float32 accepted, float16 now" in found
-
-
-def test_missing_eos_is_a_difference_though_the_text_is_the_same():
-    found = lines(token_ids=(3, 4), stop_reason=StopReason.LENGTH)
-    assert "token 3 is the first that differs: 5 accepted, the end now" in found
-    assert "the text is the same" in found
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"prompt_token_ids": (1,)},
-        {"mode": "base"},
-        {"settings": GenerationSettings(max_new_tokens=9)},
-    ],
-)
-def test_other_conditions_are_incomparable(changes):
-    assert lines(**changes).startswith("incomparable")
-
-
 FORM = write_form(snapshot_of(completion(), {}))
 
 
@@ -97,13 +70,13 @@ FORM = write_form(snapshot_of(completion(), {}))
     ("form", "complaint"),
     [
         ("", "has form None"),
-        (FORM.replace("form = 1", "form = 2"), "has form 2"),
+        (FORM.replace("form = 2", "form = 1"), "has form 1"),
         (FORM.replace("prompt_text", "prompt_txt"), "'prompt_text' is missing"),
         (FORM.replace("3 4 5", "3 x 5"), "malformed"),
         (FORM.replace("3 4 5", "3 -4 5"), "negative"),
         (FORM.replace('"eos"', '"whim"'), "malformed"),
-        (FORM.replace("[tokens]", "<<<<<<< HEAD\n[tokens]"), "line 9: a merge-conflict marker"),
-        (FORM[:120], "not valid TOML"),
+        (FORM.replace("[tokens]", "<<<<<<< HEAD\n[tokens]"), "line 10: a merge-conflict marker"),
+        (FORM[:220], "not valid TOML"),
         (FORM.replace("[made_with]", "[made]"), "'made_with' is missing"),
     ],
     ids=lambda value: value if len(value) < 40 else "form",
@@ -111,3 +84,123 @@ FORM = write_form(snapshot_of(completion(), {}))
 def test_broken_form_is_unreadable_and_says_where(form, complaint):
     with pytest.raises(InputError, match=complaint):
         read_snapshot(form, where="x.toml")
+
+
+def evidence(rows=3):
+    import numpy as np
+
+    from harness.evidence import Evidence
+
+    ids = np.arange(3, 3 + rows)[:, None] + np.arange(5)
+    logprobs = np.tile(np.log([0.5, 0.2, 0.1, 0.05, 0.01]), (rows, 1))
+    return Evidence(logprobs=logprobs[:, 0].copy(), top_ids=ids, top_logprobs=logprobs)
+
+
+def accepted_at(path, **changes):
+    """Accept a completion at *path*; gives its snapshot."""
+    snapshot = snapshot_of(completion(**{"evidence": evidence(), **changes}), {"dtype": "float32"})
+    form = stored_form(snapshot)
+    write_pair(path, str(form).encode(), form.evidence)
+    return snapshot
+
+
+def test_snapshot_and_evidence_are_read_back_together(tmp_path):
+    snapshot = accepted_at(tmp_path / "case.toml")
+    found = read_stored(tmp_path / "case.toml")
+    assert found.fault is None
+    assert found.snapshot == snapshot
+    assert found.snapshot.evidence.logprobs == pytest.approx(snapshot.evidence.logprobs, abs=1e-3)
+    assert read_stored(tmp_path / "absent.toml") is None
+
+
+def test_completion_without_evidence_is_kept_without(tmp_path):
+    accepted_at(tmp_path / "case.toml", evidence=None)
+    found = read_stored(tmp_path / "case.toml")
+    assert found.fault is None
+    assert found.snapshot.evidence is None
+
+
+def test_completion_that_looks_like_a_merge_conflict_is_no_conflict(tmp_path):
+    text = "git says:\n<<<<<<< HEAD\none\n=======\ntwo\n>>>>>>> branch\n"
+    accepted_at(tmp_path / "case.toml", text=text)
+    assert read_stored(tmp_path / "case.toml").snapshot.text == text
+
+
+def test_a_model_of_nan_has_nothing_to_accept():
+    from dataclasses import replace as changed
+
+    broken = evidence()
+    broken.logprobs[0] = float("nan")
+    snapshot = snapshot_of(completion(evidence=broken), {})
+    with pytest.raises(InputError, match="not finite"):
+        stored_form(snapshot)
+    assert str(stored_form(changed(snapshot, evidence=None))) == write_form(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: path.write_bytes(b""), "has form None"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not valid TOML"),
+        (lambda path: path.write_bytes(path.read_bytes()[:250]), "not valid TOML"),
+        (lambda path: edit(path, b"In the wood.", b"In the barn."), "line 8: was edited"),
+        (lambda path: edit(path, b'"3 4 5"', b'"3 9 5"'), "line 12: was edited"),
+        (lambda path: edit(path, b"[tokens]", b"<<<<<<< HEAD\n[tokens]"), "line 10: a merge"),
+        (lambda path: edit(path, b"\n", b"\r\n"), "line ends were converted"),
+        (lambda path: edit(path, b'"3 4 5"', b'"' + b"9" * 5000 + b'"'), "malformed"),
+        (lambda path: edit(path, b"[tokens]", b"x = " + b"[" * 5000), "not valid TOML"),
+        (lambda path: sidecar_of(path).unlink(), "is missing beside its snapshot"),
+        (lambda path: sidecar_of(path).write_bytes(b""), "is damaged"),
+        (lambda path: sidecar_of(path).write_bytes(b"<<<<<<< HEAD"), "is damaged"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
+        (lambda path: (path.unlink(), path.symlink_to(path)), "cannot be read: Too many"),
+        (lambda path: other_sidecar(path), "the evidence is another text's"),
+    ],
+)
+def test_damaged_snapshot_is_unreadable_and_says_where(tmp_path, damage, complaint):
+    path = tmp_path / "case.toml"
+    accepted_at(path)
+    damage(path)
+    found = read_stored(path)
+    assert found.snapshot is None
+    assert complaint in str(found.fault)
+    assert "case." in str(found.fault)
+
+
+def edit(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def other_sidecar(path):
+    accepted_at(path.with_name("other.toml"), token_ids=(9, 9, 9), text="Nowhere.")
+    sidecar_of(path).write_bytes(sidecar_of(path.with_name("other.toml")).read_bytes())
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_no_damage_is_taken_for_a_snapshot(tmp_path_factory, data):
+    """Bytes flipped, cut out, doubled and put in, in either file: what was accepted, or a fault."""
+    path = tmp_path_factory.mktemp("damage") / "case.toml"
+    snapshot = accepted_at(path)
+    victim = data.draw(st.sampled_from([path, sidecar_of(path)]))
+    content = bytearray(victim.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(start, min(start + 40, len(content))))
+        content[start:end] = data.draw(
+            st.one_of(st.binary(max_size=8), st.just(bytes(content[start:end]) * 2),
+                      st.sampled_from([b"\n<<<<<<< a\n", b"\r\n", b'"""', b"\x00", b"\xe2\x80"]))
+        )  # fmt: skip
+    victim.write_bytes(content)
+    found = read_stored(path)
+    assert (found.snapshot is None) != (found.fault is None)
+    if found.fault is None:
+        assert found.snapshot == snapshot
+    draft_tokens(path)  # raises nothing
+
+
+def test_names_of_any_length_fit_into_a_file_system(tmp_path):
+    names = {snapshot_name("p" * n, "q" * n, "r" * n) for n in (60, 64, 65, 300, 301)}
+    assert len(names) == 5
+    for name in names:
+        (tmp_path / f"{name}.evidence").touch()

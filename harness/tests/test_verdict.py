@@ -1,11 +1,10 @@
 """Judges are pure: values in, verdicts out."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.completion import Application, Completion, GenerationSettings, Prompt, StopReason
-from harness.verdict import Outcome, Verdict, judge_effect, judge_stopping, overall
+from harness.verdict import Outcome, Verdict, judge_effect, overall
 
 
 def completion(number, *, reason=StopReason.EOS, tokens=(1, 2)):
@@ -19,37 +18,6 @@ def completion(number, *, reason=StopReason.EOS, tokens=(1, 2)):
         stop_reason=reason,
         settings=GenerationSettings(),
     )
-
-
-def stopped(yes, no):
-    found = [completion(n) for n in range(yes)]
-    return found + [completion(yes + n, reason=StopReason.LENGTH) for n in range(no)]
-
-
-@pytest.mark.parametrize(
-    ("expected", "yes", "no", "outcome"),
-    [
-        ("always", 3, 0, Outcome.HELD),
-        ("always", 3, 1, Outcome.FAILED),
-        ("never", 0, 3, Outcome.HELD),
-        ("never", 1, 3, Outcome.FAILED),
-        ({"min_rate": 0.5}, 1, 1, Outcome.HELD),
-        ({"min_rate": 0.6}, 1, 1, Outcome.FAILED),
-        ({"max_rate": 0.4}, 1, 1, Outcome.FAILED),
-        ("always", 0, 0, Outcome.UNDECIDED),
-    ],
-)
-def test_stopping_is_held_against_the_declaration(expected, yes, no, outcome):
-    verdict = judge_stopping("m", expected, stopped(yes, no))
-    assert verdict.outcome is outcome
-    assert verdict.passed == (outcome is Outcome.HELD)
-
-
-def test_offenders_are_named_with_what_they_did():
-    verdict = judge_stopping("m", "always", stopped(1, 1))
-    assert "p-1: ended by length after 2 tokens" in verdict.evidence
-    verdict = judge_stopping("m", "never", stopped(1, 1))
-    assert "p-0: ended with EOS after 2 tokens" in verdict.evidence
 
 
 def test_equal_outputs_are_no_effect():

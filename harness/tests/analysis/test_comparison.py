@@ -141,6 +141,7 @@ def test_merge_strategies_are_those_of_the_dense_deltas(tmp_path: Path) -> None:
         ],
         "tsv": rule("tsv"),
         "iso_c": rule("iso_c"),
+        "knots": rule("knots"),
     }
     plain = torch.cat([(x + y).flatten() for x, y in zip(*deltas, strict=True)])
     for name, parts in dense.items():
@@ -153,6 +154,47 @@ def test_merge_strategies_are_those_of_the_dense_deltas(tmp_path: Path) -> None:
             assert found[name].retained["ab"[number]] == pytest.approx(retained, rel=1e-6), name
     assert found["ties"].sampled
     assert not found["svd"].sampled
+    assert not found["knots"].sampled  # these modules are small enough to be looked at whole
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_knots_on_sampled_columns_is_near_the_whole(transposed: bool) -> None:
+    from harness.analysis import merge_preview
+    from harness.analysis.overlap import join_module
+    from harness.merge.strategies import STRATEGIES, StrategyOptions
+
+    # KnOTS aligns the matrix as the base stores it: (in, out) for a transposed layer.
+    out, columns = (1400, 40) if transposed else (40, 1400)
+    pairs = [
+        make_pair(seed, rank=3, out=out, columns=columns, transposed=transposed) for seed in (1, 2)
+    ]
+    (figures,) = (
+        f
+        for f in merge_preview.strategy_figures(
+            ["x", "y"], [merge_preview.merge_sums(join_module(pairs), (0, 1), 2, None)], None
+        )
+        if f.strategy == "knots"
+    )
+    thin = []
+    for pair in pairs:
+        left, right = (pair.a.T, pair.b.T) if transposed else (pair.b, pair.a)
+        thin.append((pair.scale * left.double().numpy(), right.double().numpy()))
+    rule = STRATEGIES["knots"].factors
+    assert rule is not None
+    merged_left, merged_right = rule(thin, (1.0, 1.0), StrategyOptions())
+    plain = sum(left @ right for left, right in thin)
+    difference = merged_left @ merged_right - plain
+    expected = (difference**2).sum() ** 0.5 / (plain**2).sum() ** 0.5
+    assert figures.sampled
+    assert figures.distance == pytest.approx(expected, rel=0.1)
+
+
+def test_the_preview_knows_every_merge_strategy(tmp_path: Path) -> None:
+    from harness.merge.strategies import STRATEGIES
+
+    paths = [layered_adapter(tmp_path / n, seed=i) for i, n in enumerate("ab")]
+    found = {s.strategy for s in _compare(paths, weights=[0.7, 0.3]).strategies}
+    assert found >= set(STRATEGIES)
 
 
 def test_modules_of_one_adapter_alone_are_listed_and_not_compared(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_the_worked_example_runs_on_the_embedded_stages(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not EXAMPLE.is_file(), reason="not a checkout")
 def test_every_figure_of_a_module_and_of_a_pair_is_defined() -> None:
-    from harness.analysis.figures import ModuleFigures
+    from harness.analysis.modules import ModuleFigures
     from harness.analysis.overlap import PairFigures
 
     text = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")

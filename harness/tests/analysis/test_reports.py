@@ -219,6 +219,113 @@ def test_the_unified_report_holds_analysis_merge_outputs_and_latency(tmp_path: P
     assert value["sections"][2]["rows"] == [["stacked", 31.25]]
 
 
+def _run(folder: Path) -> Path:
+    """What `lora-stack run` writes, on the scripted engine's stack."""
+    from harness.completion import Application, Completion, GenerationSettings, Prompt, StopReason
+    from harness.preset import Preset
+    from harness.report.run import RunReport, write_run
+    from harness.resolve import resolve_stack
+    from harness.testing.tiny import tiny_stack
+    from harness.verdict import Outcome, Verdict
+
+    stack = tiny_stack(folder / "stack")
+    prompt = Prompt(id="spring", text="Spring <b>")
+    said = {
+        mode: (
+            Completion(
+                prompt=prompt, mode=mode, text=f"{mode} says", token_ids=(5, 6),
+                stop_reason=StopReason.EOS, application=Application.LIVE, prompt_token_ids=(1,),
+                settings=GenerationSettings(),
+            ),
+        )
+        for mode in ("base", "stacked")
+    }  # fmt: skip
+    report = RunReport(
+        stack=resolve_stack(base_model=stack.base, adapters=stack.adapters),
+        preset=Preset(name="one", description="", prompts=(prompt,), settings=GenerationSettings()),
+        device="cpu",
+        dtype="float32",
+        application="live",
+        completions=said,
+        verdicts=(
+            Verdict(name="effect: base ≠ stacked", outcome=Outcome.HELD, evidence=("1 of 1",)),
+        ),
+        seconds={"base": 1.0, "stacked": 2.0},
+        notes=(),
+    )
+    return write_run(report, folder / "run")
+
+
+def test_the_unified_report_reads_the_folder_of_a_run_and_a_file_of_benchmarks(
+    tmp_path: Path,
+) -> None:
+    from harness.analysis import UnifiedAnalyzer
+
+    paths = [layered_adapter(tmp_path / name, seed=n) for n, name in enumerate(("a", "b", "c"))]
+    stats = {"median": 0.5, "mean": 0.6, "stddev": 0.1, "min": 0.4, "max": 0.9, "rounds": 5}
+    cell = {"rounds": {"ttft_s": [0.1, 0.3, 0.2]}, "output_tokens_per_s": 40.0}
+    (tmp_path / "bench.json").write_text(
+        json.dumps(
+            {
+                "machine_info": {"gpu": "one GPU"},
+                "datetime": "2026-01-02",
+                "benchmarks": [
+                    {"name": "plain", "stats": stats},
+                    {"name": "ours", "stats": stats, "extra_info": {"lora": cell}},
+                ],
+            }
+        )
+    )
+    analyzer = UnifiedAnalyzer(tmp_path / "runs")
+    analyzer.analyze_lora_weights(paths[2])
+    analyzer.compare_lora_adapters(paths[:2])
+    analyzer.add_mode_outputs(_run(tmp_path))
+    analyzer.add_latency(tmp_path / "bench.json")
+    folder = analyzer.generate_report(plots=False)
+    value = _strict((folder / "analysis.json").read_text())
+    sections = {section["title"]: section for section in value["sections"]}
+    assert list(sections) == ["c", "Run: held", "Modes", "What each mode says", "Latency"]
+    assert sections["c"]["rows"][0][0] == "c"  # analysed, and not among those compared
+    assert sections["Run: held"]["rows"] == [["effect: base ≠ stacked", "held", "1 of 1", None]]
+    assert [row[0] for row in sections["Modes"]["rows"]] == ["base", "stacked"]
+    assert sections["What each mode says"]["rows"][1] == [
+        "stacked", "spring", "stacked says", "eos", 2,
+    ]  # fmt: skip
+    latency = sections["Latency"]
+    assert "one GPU, 2026-01-02" in latency["text"]
+    figures = [dict(zip(latency["head"], row, strict=True)) for row in latency["rows"]]
+    assert figures[0]["median ms"] == 500
+    assert figures[0]["first token ms"] is None
+    assert (figures[1]["first token ms"], figures[1]["output tokens/s"]) == (200, 40)
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert all(title in text for title in sections), name
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "has no list of objects"),
+        ('{"benchmarks": []}', "holds no benchmark"),
+        ('{"benchmarks": [{"name": "x"}]}', "has no stats"),
+        ("[1", "JSON"),
+    ],
+)
+def test_files_that_hold_no_results_are_refused_by_name(
+    tmp_path: Path, content: str, words: str
+) -> None:
+    from harness.analysis import UnifiedAnalyzer
+
+    path = tmp_path / "bench.json"
+    path.write_text(content)
+    analyzer = UnifiedAnalyzer(tmp_path / "runs")
+    with pytest.raises(InputError, match=words) as caught:
+        analyzer.add_latency(path)
+    assert "bench.json" in str(caught.value)
+    with pytest.raises(InputError):
+        analyzer.add_mode_outputs(tmp_path / "no run here")
+
+
 def test_the_functions_and_classes_come_from_one_place() -> None:
     from harness import analysis
 

@@ -134,3 +134,39 @@ def test_a_large_module_in_bfloat16_is_exact_to_a_millionth() -> None:
     expected = torch.linalg.svdvals(dense)[:32]
     assert bool(((singular_values(factors) / expected - 1).abs() < 1e-6).all())
     assert abs(delta_norm(factors) / float(dense.norm()) - 1) < 1e-12
+
+
+@QUICK
+@given(seed=SEEDS, rank=RANKS, share=st.sampled_from([0.0, 0.5, 0.999, 1.0]), narrow=st.booleans())
+def test_half_precision_norms_and_cosines_are_right_to_a_millionth_also_where_ranks_cancel(
+    seed: int, rank: int, share: float, narrow: bool
+) -> None:
+    import torch
+
+    from harness.analysis.spectrum import cosine, pair_norm
+
+    # The second half of the ranks takes back `share` of what the first half adds.
+    dtype = torch.bfloat16 if narrow else torch.float16
+    half = make_pair(seed, rank=rank, out=96, columns=80)
+    a = torch.cat([half.a, half.a]).to(dtype)
+    b = torch.cat([half.b.to(dtype), -(half.b.to(dtype) * share)], dim=1)
+    pair = make_pair(seed, a=a, b=b)
+    second = make_pair(seed, a=half.a.roll(1, 0).to(dtype), b=(half.b + 0.1).to(dtype), scale=-2.0)
+    dense, crossed = pair.delta(), second.delta()
+    sizes = float(dense.norm() * crossed.norm())
+    assert pair_norm(pair) == pytest.approx(float(dense.norm()), rel=1e-6, abs=1e-12)
+    expected = float((dense * crossed).sum()) / sizes if float(dense.norm()) > 1e-12 else 0.0
+    assert cosine(pair, second) == pytest.approx(expected, rel=1e-6, abs=1e-6 / (96 * 80) ** 0.5)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-15, 1e15, 1e30])
+def test_norms_of_tiny_and_huge_factors_neither_vanish_nor_overflow(factor: float) -> None:
+    import torch
+
+    from harness.analysis.spectrum import cosine, pair_norm
+
+    pair = make_pair(1)
+    moved = make_pair(1, a=(pair.a * factor).bfloat16(), b=(pair.b / factor).bfloat16())
+    norm = float(moved.delta(torch.float64).norm())
+    assert pair_norm(moved) == pytest.approx(norm, rel=1e-6)
+    assert cosine(moved, moved) == pytest.approx(1.0, abs=1e-6)

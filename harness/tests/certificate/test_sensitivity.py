@@ -168,3 +168,42 @@ def test_model_is_left_as_it_was_found(subject):
     subject.certify()
     assert fingerprint() == before
     assert all(torch.equal(values[n], p) for n, p in subject.model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_show_that_padding_is_read_as_text(dtype, subject, pristine_bfloat16):
+    if dtype == "bfloat16":
+        subject = pristine_bfloat16.copied()
+    padded = subject.certify().check("left-padded batch")
+    assert padded.outcome == "held"
+    assert "tokens of padding" in padded.evidence[0]
+    inner = subject.model.base_model.model.model
+    forward = inner.forward
+
+    def all_visible(*args, attention_mask, **options):
+        return forward(*args, attention_mask=attention_mask * 0 + 1, **options)
+
+    inner.forward = all_visible
+    certificate = subject.certify()
+    assert certificate.check("left-padded batch").outcome == "failed"
+    assert "attention mask" in certificate.check("left-padded batch").remedy
+
+
+def test_logits_show_positions_that_count_the_padding(tmp_path):
+    import torch
+
+    from harness.tests.certificate.test_variants import write_variant
+    from harness.tests.certificate.variants import ADDITIVE
+
+    # GPT-2 learns a vector for each position: left out, they count from the padding.
+    subject = load_live(write_variant(tmp_path, ADDITIVE["Conv1D (fan_in_fan_out)"]))
+    assert subject.certify().verdict == "held"
+    inner = subject.model.base_model.model.transformer
+    forward = inner.forward
+
+    def without_positions(*args, position_ids=None, **options):
+        return forward(*args, position_ids=None, **options)
+
+    inner.forward = without_positions
+    assert subject.certify().check("left-padded batch").outcome == "failed"
+    assert not torch.is_inference_mode_enabled()

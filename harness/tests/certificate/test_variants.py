@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -14,30 +13,11 @@ from harness.tests.certificate.variants import ADDITIVE, REFUSED, REFUSED_LIVE
 DOCUMENT = Path(__file__).parents[3] / "docs" / "certificate.md"
 
 
-def gpt2_base(folder):
-    """A tiny GPT-2 with the tiny tokenizer; its layers are Conv1D, weights as (in, out)."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from harness.testing import tiny
-
-    tiny.tiny_base(folder)
-    (folder / "model.safetensors").unlink()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128,
-            eos_token_id=258, bos_token_id=None, initializer_range=0.1,
-        )  # fmt: skip
-        GPT2LMHeadModel(config).save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 256]}))
-    return folder
-
-
 def write_variant(folder, row):
     """A stack of a plain adapter and one of the row's kind; also the bare base's folder."""
     from harness import resolve_stack
     from harness.testing.tiny import AdapterSpec, tiny_adapter, tiny_base
+    from harness.tests.conv1d import gpt2_base
 
     row = dict(row)
     family, tied = row.pop("family", "qwen3"), row.pop("tied", False)

@@ -177,3 +177,32 @@ def test_without_a_copy_in_the_kernel_the_bytes_are_the_same(tiny, tmp_path, mon
     monkeypatch.setattr(os, "copy_file_range", other_disk)
     merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "plain")
     assert digests(tmp_path / "kernel") == digests(tmp_path / "plain")
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    import tracemalloc
+
+    from harness import flatten_adapters
+    from harness.testing.sized import write_sized_adapter, write_sized_base
+
+    peaks: dict[str, list[int]] = {"merge": [], "flatten": [], "compress": []}
+    write = {
+        "merge": lambda base, adapters, out: merge_lora_adapters(base, adapters, out, workers=1),
+        "flatten": lambda _, adapters, out: flatten_adapters(adapters, out),
+        "compress": lambda _, adapters, out: flatten_adapters(adapters, out, compress=True),
+    }
+    for layers in (1, 3):
+        base = write_sized_base(tmp_path / f"base{layers}", layers=layers, vocabulary=64)
+        adapters = [
+            write_sized_adapter(tmp_path / f"{layers}-{n}", base, layers=layers, rank=8, seed=n)
+            for n in range(2)
+        ]
+        for name, run in write.items():
+            tracemalloc.start()
+            run(base, adapters, tmp_path / "out" / name)
+            peaks[name].append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        shutil.rmtree(tmp_path / "out")
+    for name, found in peaks.items():
+        assert found[1] < found[0] * 1.1 + 1e6, f"{name}: {found}"
+        assert found[1] < 64 << 20, f"{name}: {found}"

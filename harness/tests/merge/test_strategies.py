@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import InputError
-from harness.merge.strategies import (
-    STRATEGIES,
-    Kind,
-    StrategyOptions,
-    coefficients,
-    find_strategy,
-    prune_by_magnitude,
-    thin_svd,
-)
+from harness.merge.rules import StrategyOptions, prune_by_magnitude, thin_svd
+from harness.merge.strategies import STRATEGIES, Kind, coefficients, find_strategy
 
 _RULES = [s for s in STRATEGIES.values() if s.kind is not Kind.SUM]
 _BY_NAME = [pytest.param(s, id=s.name) for s in _RULES]
@@ -50,9 +43,11 @@ def test_every_strategy_names_its_source_and_is_found_under_dashes() -> None:
 
 @pytest.mark.parametrize("strategy", _BY_NAME)
 def test_one_whole_adapter_is_itself(strategy) -> None:
-    if strategy.name == "iso_c":
-        pytest.skip("flattens the spectrum of a single adapter too")
     pairs = _pairs(1, 1)
+    if strategy.name == "iso_c":  # it flattens a spectrum: an adapter whose spectrum is flat
+        left, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((12, 3)))
+        right, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((9, 3)))
+        pairs = [(left * 0.7, right.T)]
     merged = _apply(strategy, pairs, [1.0], StrategyOptions(density=1.0, epsilon=0.0))
     np.testing.assert_allclose(merged, pairs[0][0] @ pairs[0][1], atol=1e-12)
 
@@ -134,6 +129,101 @@ def test_entry_strategies_give_pefts_numbers_on_deltas(name: str, density: float
     theirs = getattr(merge_utils, name)(deltas, torch.tensor(weights), density)
     mine = _apply(STRATEGIES[name], pairs, weights, StrategyOptions(density=density))
     np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-6)
+
+
+_DRAWN = ("dare_linear", "dare_ties", "della")
+
+
+@pytest.mark.parametrize("strategy", [p for p in _BY_NAME if p.id not in _DRAWN])
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_rows_and_columns_in_another_order_merge_in_that_order(strategy, seed: int) -> None:
+    pairs, random = _pairs(seed, 2), np.random.default_rng(seed)
+    rows, columns = random.permutation(12), random.permutation(9)
+    moved = [(left[rows], right[:, columns]) for left, right in pairs]
+    merged = _apply(strategy, pairs, [0.7, 1.3])
+    other = _apply(strategy, moved, [0.7, 1.3])
+    np.testing.assert_allclose(other, merged[rows][:, columns], atol=1e-9)
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    u, _, vt = np.linalg.svd(columns, full_matrices=False)
+    return u @ vt
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_thin_factors_give_what_the_papers_compute_on_whole_matrices(seed: int) -> None:
+    import torch
+    from peft.utils import merge_utils
+
+    pairs, weights = _pairs(seed, 2, rows=24, columns=20), [0.7, 1.3]
+    deltas = [a @ b for a, b in pairs]
+    # Iso-C: the singular values of the sum, all at their mean.
+    u, s, vt = np.linalg.svd(sum(w * d for w, d in zip(weights, deltas, strict=True)))
+    rank = int(np.count_nonzero(s > 1e-9))
+    iso = s[:rank].mean() * (u[:, :rank] @ vt[:rank])
+    np.testing.assert_allclose(_apply(STRATEGIES["iso_c"], pairs, weights), iso, atol=1e-9)
+    # TSV-Merge, eq. 5: U⊥ Σ V⊥ᵀ of all tasks' singular vectors together.
+    parts = [np.linalg.svd(d) for d in deltas]
+    ranks = [int(np.count_nonzero(part[1] > 1e-9)) for part in parts]
+    u = _orthonormal(np.hstack([p[0][:, :r] for p, r in zip(parts, ranks, strict=True)]))
+    v = _orthonormal(np.hstack([p[2][:r].T for p, r in zip(parts, ranks, strict=True)]))
+    s = np.concatenate([w * p[1][:r] for w, p, r in zip(weights, parts, ranks, strict=True)])
+    np.testing.assert_allclose(_apply(STRATEGIES["tsv"], pairs, weights), (u * s) @ v.T, atol=1e-9)
+    # KnOTS: TIES on ΣV of [Δ₁|Δ₂] = UΣV; PEFT's TIES stands for the authors'.
+    u, s, vt = np.linalg.svd(np.hstack(deltas), full_matrices=False)
+    aligned = np.split((s[:, None] * vt)[s > 1e-9], 2, axis=1)
+    tied = merge_utils.ties([torch.from_numpy(v) for v in aligned], torch.tensor(weights), 0.5)
+    expected = u[:, s > 1e-9] @ tied.numpy()
+    merged = _apply(STRATEGIES["knots"], pairs, weights)
+    np.testing.assert_allclose(merged, expected, atol=1e-6 * np.abs(expected).max())
+
+
+class _Dealt:
+    """A generator whose draws are known beforehand."""
+
+    def __init__(self, draws: np.ndarray) -> None:
+        self.draws = draws
+
+    def random(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return self.draws.reshape(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+def test_with_the_same_entries_dropped_dare_gives_pefts_numbers(name: str, monkeypatch) -> None:
+    import torch
+    from peft.utils import merge_utils
+
+    pairs, weights, density = _pairs(8, 2, rows=24, columns=20), [0.7, 1.5], 0.4
+    random = np.random.default_rng(0)
+    draws = [random.random((24, 20)) for _ in pairs]
+    dealt = iter([torch.from_numpy((d < density).astype(np.float64)) for d in draws])
+    monkeypatch.setattr(torch, "bernoulli", lambda _: next(dealt))
+    deltas = [torch.from_numpy(a @ b) for a, b in pairs]
+    theirs = getattr(merge_utils, name)(deltas, torch.tensor(weights), density)
+    mine = STRATEGIES[name].entries(
+        [d.numpy() for d in deltas], weights, StrategyOptions(density=density),
+        [_Dealt(d) for d in draws],
+    )  # fmt: skip
+    np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-6)
+
+
+def test_della_keeps_with_the_papers_probabilities() -> None:
+    # Deep et al. 2024, section 3: p_i = p_min + ε/n · r_i, p_min = p − ε/2, r = 0 for the largest.
+    columns, density, epsilon = 101, 0.6, 0.3
+    delta = np.random.default_rng(0).permutation(np.linspace(0.1, 1, columns))[None]
+    ranks = np.argsort(np.argsort(-np.abs(delta[0])))
+    dropped = (1 - density) - epsilon / 2 + epsilon * ranks / (columns - 1)
+    for shift in (-1e-4, 1e-4):  # a draw just below the share that is kept keeps; just above drops
+        merged = STRATEGIES["della"].entries(
+            [delta], [1.0], StrategyOptions(density=density, epsilon=epsilon),
+            [_Dealt((1 - dropped + shift)[None])],
+        )  # fmt: skip
+        if shift < 0:
+            np.testing.assert_allclose(merged, delta / (1 - dropped), rtol=1e-5)
+        else:
+            assert not merged.any()
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della"])

@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from harness import InputError
-from harness.merge.strategies import (
-    STRATEGIES,
-    StrategyOptions,
-    coefficients,
-    find_strategy,
-    prune_by_magnitude,
-    thin_svd,
-)
+from harness.merge.rules import StrategyOptions, prune_by_magnitude, thin_svd
+from harness.merge.strategies import STRATEGIES, coefficients, find_strategy
 
 
 def entries(name, deltas, weights, *, seeds=None, **options):

@@ -54,7 +54,10 @@ class Side:
 
     Attributes:
         conditions: what it was made with, by name: digests of base, adapters, tokenizer, template,
-            settings; versions, device, dtype, application.
+            settings; versions, device, dtype, application. The keys `base` (or `base_…`) and
+            `adapter_<name>` say which stack it is: a review accepts only what the newest run's
+            stack made (`harness.pending.stack_conditions`), and what is `incomparable` only where
+            these are the same then and now.
     """
 
     text: str
@@ -75,8 +78,9 @@ class Case:
         then: None when nothing (readable) is accepted.
         accepting: the files that accepting writes, by path relative to the root folder; empty when
             there is nothing to accept.
-        accepted_sha256: of each file in `accepting` as it was when compared (`""`: absent), so
-            that a review does not overwrite what came after.
+        accepted_sha256: hexadecimal, of each file in `accepting` as it was when compared (`""`:
+            absent), so that a review does not overwrite what came after. Every path in
+            `accepting` needs one, and lies in the snapshots folder.
     """
 
     name: str

@@ -1,0 +1,236 @@
+"""`lora-stack stopping`: does each mode stop, how sure is that, why not, and who is to blame."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.options import (
+    APPLICATION_OPTION,
+    PROMPT_OPTIONS,
+    add_option,
+    add_options,
+    add_stack_arguments,
+)
+from harness.options import stack_options as stack_options_of
+from harness.terminal import console, errors, shown
+
+if TYPE_CHECKING:
+    from harness.completion import Application, Completion
+    from harness.engines.peft import PeftEngine
+    from harness.preset import Preset
+    from harness.stack import AdapterStack
+    from harness.stopping import StoppingReport
+
+SUMMARY = "say whether each mode stops, how sure that is, why not, and who is to blame"
+
+#: Columns that a terminal has no room for.
+_LEFT_OUT = ("stop reasons", "median", "by up to", "cut off early", "EOS margin", "mean tokens")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_stack_arguments(parser)
+    add_options(parser.add_argument_group("the prompts"), PROMPT_OPTIONS)
+    add_options(parser, (APPLICATION_OPTION,))
+    add_option(
+        parser,
+        "--samples",
+        metavar="K",
+        type=int,
+        default=0,
+        help="also sample each prompt K times",
+    )
+    add_option(
+        parser, "--temperature", metavar="T", type=float, default=1.0, help="of the samples (1)"
+    )
+    add_option(
+        parser, "--sweep", action="store_true", help="also try other weights of the adapters"
+    )
+    add_option(parser, "--merged", metavar="DIR", help="a merged copy: does it end likewise?")
+    add_option(parser, "--dataset", metavar="FILE", help="training data: is EOS in the loss?")
+    add_option(
+        parser, "--labels", metavar="WHAT", default="assistant",
+        help="what is in the loss: assistant, words, all, collator, template",
+    )  # fmt: skip
+    add_option(
+        parser, "--snapshots", metavar="DIR",
+        help="replay the completions accepted in DIR: nothing that still holds is generated",
+    )  # fmt: skip
+    add_option(
+        parser, "--files-only", action="store_true", help="the files alone: no model is loaded"
+    )
+    add_option(parser, "--output", metavar="DIR", help="write the report with its plots here")
+    add_option(
+        parser, "--json", action="store_true", help="one JSON object on standard output, no words"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from harness.errors import InputError
+    from harness.report.stopping import as_json
+    from harness.resolve import stack_from_options
+    from harness.staging import check_place
+
+    if arguments.samples < 0 or arguments.temperature <= 0:
+        raise InputError(
+            "is too small", where="--samples or --temperature", remedy="give 1 or more"
+        )
+    options = stack_options_of(arguments)
+    stack = stack_from_options(options)
+    preset = _preset(arguments, stack)
+    folder = Path(arguments.output) if arguments.output else None
+    if folder is not None:
+        check_place(folder)
+    if not options.named:
+        errors().print("no stack was named: this is the embedded tiny trained one")
+    report = _examine(arguments, stack, preset)
+    if folder is not None:
+        _write(report, folder)
+    if arguments.json:
+        json.dump(as_json(report), sys.stdout, ensure_ascii=False, indent=1, allow_nan=False)
+        print()
+    else:
+        _print(report, folder)
+    return 0 if report.passed else 1
+
+
+def _preset(arguments: argparse.Namespace, stack: AdapterStack) -> Preset:
+    """As everywhere, but the stack's preset for stopping comes before its own."""
+    from harness.options import chosen_preset
+
+    return chosen_preset(arguments, replace(stack, preset=stack.stopping_preset or stack.preset))
+
+
+def _examine(arguments: argparse.Namespace, stack: AdapterStack, preset: Preset) -> StoppingReport:
+    from harness.completion import Application
+    from harness.stopping import examine_stopping
+
+    extra = {"merged": arguments.merged, "dataset": arguments.dataset, "labels": arguments.labels}
+    if arguments.files_only:
+        return examine_stopping((), stack=stack, **extra)
+    from harness.engines import load_engine
+
+    settings = replace(preset.settings, temperature=arguments.temperature)
+    with load_engine(
+        stack,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    ) as engine:
+        common = {
+            "prompts": preset.prompts,
+            "settings": settings,
+            "application": Application(arguments.application),
+            "samples": arguments.samples,
+            "sweep": arguments.sweep,
+            **extra,
+        }
+        if arguments.snapshots:
+            said = _replayed(engine, Path(arguments.snapshots), preset, common["application"])
+            return examine_stopping(said, engine=engine, **common)
+        return examine_stopping(engine, modes=stack.modes, **common)
+
+
+def _replayed(
+    engine: PeftEngine, folder: Path, preset: Preset, application: Application
+) -> dict[str, tuple[Completion, ...]]:
+    """What each mode says to the preset's prompts, replayed from what was accepted in *folder* (or
+    in a test module's part of it); generated only where the stack says something else by now."""
+    from harness.errors import InputError
+    from harness.replay import complete
+    from harness.snapshot import draft_tokens, snapshot_name
+
+    said: dict[str, tuple[Completion, ...]] = {}
+    for mode in engine.stack.modes:
+        names = [f"{snapshot_name(preset.name, p.id, mode.name)}.toml" for p in preset.prompts]
+        paths = [
+            next((q for q in (folder / n, *sorted(folder.glob(f"*/{n}"))) if q.is_file()), None)
+            for n in names
+        ]
+        if not any(paths):
+            raise InputError(
+                f"holds no accepted completion of the preset {preset.name} in mode {mode.name}",
+                where=folder,
+                remedy="accept some with pytest --snapshot-update, or name another --preset",
+            )
+        found = complete(
+            engine, preset.prompts, mode, preset.settings,
+            drafts=[draft_tokens(path) if path else None for path in paths],
+            application=application,
+        )  # fmt: skip
+        fresh = sum(str(one) != "replayed" for one in found)
+        if fresh:
+            errors().print(f"{mode.name}: {fresh} of {len(found)} had to be generated")
+        said[mode.name] = tuple(one.completion for one in found)
+    return said
+
+
+def _write(report: StoppingReport, folder: Path) -> None:
+    from harness.report.stopping import write_stopping
+
+    plots = []
+    try:
+        from harness.stopping.plots import stopping_plots
+
+        plots = stopping_plots(report)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("matplotlib"):
+            raise
+        errors().print("no plots: pip install 'lora-stack-harness[plots]' brings matplotlib")
+    write_stopping(report, folder, plots=plots)
+
+
+def _print(report: StoppingReport, folder: Path | None) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from harness.page import cell
+    from harness.report.stopping import tables
+    from harness.report.terminal import outcome_style
+
+    out = console()
+    for table in tables(report):
+        # The blame is said in a sentence below, the completions are in the report.
+        if table["title"] in ("Blame", "Completions"):
+            continue
+        kept = [n for n, name in enumerate(table["head"]) if name not in _LEFT_OUT]
+        title = Text(table["title"], style="bold")
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        for place in kept:
+            grid.add_column(shown(table["head"][place]), overflow="fold")
+        for row in table["rows"]:
+            grid.add_row(*(Text(cell(row[place], 3)) for place in kept))
+        if table["rows"]:
+            out.print(grid)
+    for check in report.checks:
+        style = outcome_style(check.outcome)
+        mark = "✓" if check.passed else "✗"
+        first, *rest = check.evidence or ("",)
+        out.print(
+            Text.assemble(
+                (f"{mark} {check.name}: {check.outcome.value}", style), "  ", shown(first)
+            ),
+            soft_wrap=True,
+        )
+        if not check.passed:
+            for line in rest:
+                out.print(Text(f"    {shown(line)}"), soft_wrap=True)
+            if check.remedy:
+                out.print(Text(f"  → {shown(check.remedy)}"), soft_wrap=True)
+    for cause in report.causes:
+        where = f" in {cause.mode}" if cause.mode else ""
+        out.print(Text(f"cause{where}: {cause.kind}: {shown(cause.text)}", style="bold red"),
+                  soft_wrap=True)  # fmt: skip
+        out.print(Text(f"  → {shown(cause.remedy)}"), soft_wrap=True)
+    for mode, blame in report.blame.items():
+        out.print(Text(f"{mode}: {shown(blame.sentence)}"), soft_wrap=True)
+    for note in report.notes:
+        out.print(Text(f"note: {shown(note)}", style="yellow"))
+    out.print(Text.assemble("verdict: ", (report.verdict.value, outcome_style(report.verdict))))
+    if folder is not None:
+        out.print(Text(f"report:  {folder / 'report.html'}"))

@@ -1,0 +1,371 @@
+"""A session's accepted snapshots: drafts to replay, the judgement of each case, what is left to
+review.
+
+Made when the first snapshot is asked for, when the stack is loaded anyway. Knows nothing of the
+terminal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.completion import Application, Completion, Prompt
+from harness.errors import InputError
+from harness.preset import Preset
+from harness.stack import Mode
+from harness.terminal import shown
+from harness.verdict import Outcome, Verdict
+
+if TYPE_CHECKING:
+    from harness.comparing import Comparison
+    from harness.engines.peft import PeftEngine
+    from harness.evidence import Evidence
+    from harness.noise import NoiseFloor
+    from harness.pending import Case, Position, Side
+    from harness.replay import Replayed
+    from harness.snapshot import Found, Snapshot
+
+__all__ = ["ACCEPTED", "Accepted", "Completions", "Judged"]
+
+
+class Completions:
+    """What each mode says to the preset's prompts: replayed from accepted snapshots in one forward
+    pass where there are any, generated in one batch where not; when first asked for."""
+
+    def __init__(
+        self,
+        engine: PeftEngine,
+        preset: Preset,
+        drafts: Callable[[Mode], Sequence[Sequence[int] | None]] | None = None,
+    ) -> None:
+        self._engine, self._preset = engine, preset
+        self._drafts = drafts or (lambda mode: [None] * len(preset.prompts))
+        self._found: dict[tuple[Mode, Application], tuple[Replayed, ...]] = {}
+        self._lost: dict[tuple[Mode, Application], str] = {}
+        self._broken = ""
+
+    def of(self, mode: Mode, application: Application = Application.LIVE) -> tuple[Completion, ...]:
+        """The completions of *mode*, in the order of the preset's prompts, with evidence."""
+        return tuple(found.completion for found in self.replayed(mode, application))
+
+    def replayed(
+        self, mode: Mode, application: Application = Application.LIVE
+    ) -> tuple[Replayed, ...]:
+        """The same, with how each was come by.
+
+        A mode that runs out of memory fails its tests, each at once, and the other modes go on;
+        after a broken device (a sticky CUDA error) every mode that was not generated yet fails.
+        """
+        key = (mode, application)
+        if key not in self._found:
+            if lost := self._lost.get(key, self._broken):
+                pytest.fail(lost, pytrace=False)
+            self._complete(mode, application)
+        return self._found[key]
+
+    def _complete(self, mode: Mode, application: Application) -> None:
+        from harness.engines.faults import device_fault, give_memory_back
+        from harness.replay import complete
+
+        try:
+            self._found[mode, application] = complete(
+                self._engine,
+                self._preset.prompts,
+                mode,
+                self._preset.settings,
+                drafts=self._drafts(mode),
+                application=application,
+            )
+            return
+        except Exception as error:
+            fault = device_fault(error)
+            if fault is None:
+                raise
+        lost = shown(f"{mode.name}: {fault.said}\n→ {fault.remedy}")
+        self._lost[mode, application] = lost
+        if fault.sticky:
+            self._broken = f"the device has been broken since {lost}"
+        else:
+            give_memory_back()
+        pytest.fail(lost, pytrace=False)
+
+    def known(self, completion: Snapshot) -> Replayed | None:
+        """How the completion that *completion* is a snapshot of was come by, if it is one of
+        these."""
+        for (mode, application), found in self._found.items():
+            if mode.name == completion.mode and application == completion.application:
+                for replayed in found:
+                    if replayed.completion.prompt.id == completion.prompt:
+                        return replayed
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One compared case: what lay there, what is said now, and the verdict."""
+
+    path: Path
+    found: Found
+    fresh: Snapshot
+    comparison: Comparison
+    floor: NoiseFloor | None
+    how: str
+    written: bool = False  # the session has just accepted it
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.comparison.verdict
+
+
+class Accepted:
+    """The snapshots of a session's stack and preset.
+
+    Attributes:
+        snapshots: the folder of all; `folder` the profile's where one is named.
+        judged: by path, of every case compared so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: PeftEngine,
+        preset: Preset,
+        root: Path,
+        snapshots: Path,
+        profile: str | None,
+        replaying: bool,
+        drift_fails: bool,
+    ) -> None:
+        from harness.provenance import contents_of
+
+        self.engine, self.preset, self.root, self.snapshots = engine, preset, root, snapshots
+        self.folder = snapshots / profile if profile else snapshots
+        self.drift_fails = drift_fails
+        self.contents = contents_of(engine)
+        self.judged: dict[Path, Judged] = {}
+        self.completions = Completions(engine, preset, self.drafts if replaying else None)
+        self._floors: dict[tuple[str, str, str | None], NoiseFloor | None] = {}
+        self._pieces: dict[int, str] = {}
+        self._run_recorded = False
+
+    def drafts(self, mode: Mode) -> list[tuple[int, ...] | None]:
+        """What is accepted for each prompt in *mode*, whichever test module holds it."""
+        from harness.snapshot import draft_tokens
+
+        folders = sorted(path for path in self.folder.glob("*") if path.is_dir())
+        drafts: list[tuple[int, ...] | None] = []
+        for prompt in self.preset.prompts:
+            files = (folder / f"{self.name(prompt, mode)}.toml" for folder in folders)
+            found = (draft_tokens(file) for file in files if file.is_file())
+            drafts.append(next((tokens for tokens in found if tokens), None))
+        return drafts
+
+    def name(self, prompt: Prompt, mode: Mode) -> str:
+        """The snapshot's file name without suffix."""
+        from harness.snapshot import snapshot_name
+
+        return snapshot_name(self.preset.name, prompt.id, mode.name)
+
+    def taken(self, completion: Completion) -> Snapshot:
+        """The snapshot of *completion*, stamped with what it was made with."""
+        from harness.provenance import made_with
+        from harness.snapshot import snapshot_of
+
+        mode = self.engine.stack.mode(completion.mode)
+        return snapshot_of(completion, made_with(self.engine, mode), self.contents)
+
+    def judge(self, path: Path, found: Found, fresh: Snapshot) -> tuple[str, ...]:
+        """Lines of evidence if *fresh* does not pass; none if it does."""
+        verdict = self.compare(path, found, fresh).verdict
+        if verdict.passed or (verdict.outcome is Outcome.DRIFT and not self.drift_fails):
+            return ()
+        lines = [f"{verdict.outcome}: {verdict.name}", *verdict.evidence]
+        return tuple([*lines, f"→ {verdict.remedy}"] if verdict.remedy else lines)
+
+    def compare(self, path: Path, found: Found, fresh: Snapshot) -> Judged:
+        """The comparison, kept in `judged`."""
+        from harness.comparing import judge_snapshot
+
+        known = self.judged.get(path)
+        if known is not None and known.found is found and known.fresh is fresh:
+            return known
+        floor = self._floor(found, fresh)
+        replayed = self.completions.known(fresh)
+        accepted_now = None
+        if replayed is not None and replayed.draft == getattr(found, "token_ids", None):
+            accepted_now = replayed.draft_evidence
+        comparison = judge_snapshot(
+            path.relative_to(self.snapshots).with_suffix("").as_posix(),
+            found,
+            fresh,
+            floor,
+            accepted_now=accepted_now,
+            piece=self.piece,
+        )
+        judged = Judged(
+            path=path,
+            found=found,
+            fresh=fresh,
+            comparison=comparison,
+            floor=floor,
+            how=str(replayed) if replayed is not None else "made by the test",
+        )
+        self.judged[path] = judged
+        return judged
+
+    def _floor(self, found: Found, fresh: Snapshot) -> NoiseFloor | None:
+        """The noise floor of this run against what was recorded; measured when first needed."""
+        from harness.noise import noise_floor
+        from harness.snapshot import Snapshot
+
+        if not isinstance(found, Snapshot) or found.evidence is None or fresh.evidence is None:
+            return None
+        recorded = str(found.made_with.get("dtype", "")) or None
+        key = (fresh.mode, fresh.application, recorded)
+        if key not in self._floors:
+            mode = self.engine.stack.mode(fresh.mode)
+            completions = self.completions.of(mode, Application(fresh.application))
+            self._floors[key] = noise_floor(
+                self.engine,
+                mode,
+                completions,
+                contents=self.contents,
+                recorded_dtype=recorded,
+            )
+        return self._floors[key]
+
+    def piece(self, token: int) -> str:
+        """A token as text."""
+        if token not in self._pieces:
+            try:
+                self._pieces[token] = self.engine.tokenizer.decode([token])
+            except (OverflowError, ValueError, TypeError, KeyError, IndexError):
+                self._pieces[token] = f"<{token}>"  # no token of this tokenizer
+        return self._pieces[token]
+
+    def record(self, judged: Judged) -> None:
+        """Leave the case in `.pending/` for `lora-stack review`."""
+        from harness.pending import Run, record_case, record_run
+
+        if not self._run_recorded:
+            modes = tuple(mode.name for mode in self.engine.stack.modes)
+            conditions = self._conditions(judged.fresh)
+            record_run(self.root, Run(conditions=conditions, modes=modes))
+            self._run_recorded = True
+        record_case(self.root, self._case(judged))
+
+    def _case(self, judged: Judged) -> Case:
+        from harness.pending import Case
+        from harness.snapshot import Snapshot
+
+        verdict, fresh, found = judged.verdict, judged.fresh, judged.found
+        if judged.written:
+            verdict = Verdict(name=verdict.name, outcome=Outcome.HELD, evidence=("just accepted",))
+            found = fresh
+        accepting = {} if verdict.passed else self._accepting(judged)
+        return Case(
+            name=judged.path.relative_to(self.snapshots).with_suffix("").as_posix(),
+            snapshot=judged.path.relative_to(self.root),
+            preset=self.preset.name,
+            prompt=fresh.prompt,
+            prompt_text=fresh.prompt_text,
+            mode=fresh.mode,
+            verdict=verdict,
+            first=None if judged.written else judged.comparison.first,
+            noise_floor=judged.floor.chosen if judged.floor is not None else None,
+            then=self._side(found) if isinstance(found, Snapshot) else None,
+            now=self._side(fresh),
+            accepting=accepting,
+            accepted_sha256={path: _sha256(self.root / path) for path in accepting},
+        )
+
+    def _accepting(self, judged: Judged) -> dict[Path, bytes]:
+        from harness.snapshot import stored_form
+        from harness.snapshot_files import sidecar_bytes, sidecar_of
+
+        try:
+            form = stored_form(judged.fresh)
+        except InputError:  # a model of NaN: there is nothing to accept
+            return {}
+        text = str(form).encode("utf-8")
+        place = judged.path.relative_to(self.root)
+        return {sidecar_of(place): sidecar_bytes(text, form.evidence), place: text}
+
+    def _side(self, snapshot: Snapshot) -> Side:
+        from harness.pending import Side
+
+        return Side(
+            text=snapshot.text,
+            stop_reason=snapshot.stop_reason.value,
+            positions=self._positions(snapshot.token_ids, snapshot.evidence),
+            conditions=self._conditions(snapshot),
+        )
+
+    @staticmethod
+    def _conditions(snapshot: Snapshot) -> dict[str, str]:
+        made = {"application": snapshot.application, **snapshot.made_with}
+        contents = {
+            "base_sha256" if key == "base" else key: value
+            for key, value in snapshot.contents.items()
+        }
+        return {key: str(value) for key, value in (made | contents).items()}
+
+    def _positions(
+        self, token_ids: Sequence[int], evidence: Evidence | None
+    ) -> tuple[Position, ...]:
+        from harness.pending import Alternative, Position
+
+        def alternatives(place: int) -> tuple[Alternative, ...]:
+            assert evidence is not None
+            return tuple(
+                Alternative(token_id=int(token), piece=self.piece(int(token)), logprob=float(value))
+                for token, value in zip(
+                    evidence.top_ids[place], evidence.top_logprobs[place], strict=True
+                )
+            )
+
+        return tuple(
+            Position(
+                token_id=token,
+                piece=self.piece(token),
+                logprob=float(evidence.logprobs[place]) if evidence is not None else None,
+                alternatives=alternatives(place) if evidence is not None else (),
+            )
+            for place, token in enumerate(token_ids)
+        )
+
+    def conclude(self, results: Mapping[int, Any]) -> list[Judged]:
+        """Judge what syrupy asserted, a missing snapshot too, and record it; by what it found."""
+        from harness.snapshot import StoredForm
+
+        concluded = []
+        for result in results.values():
+            fresh = result.asserted_data
+            if result.exception is not None:  # said by syrupy; nothing was compared
+                continue
+            if not isinstance(fresh, StoredForm) or fresh.snapshot is None:
+                continue
+            path = Path(result.snapshot_location)
+            recalled = result.recalled_data
+            found = None if recalled is None else recalled.fault or recalled.snapshot
+            judged = self.compare(path, found, fresh.snapshot)
+            judged = replace(judged, written=result.created or result.updated)
+            self.record(judged)
+            concluded.append(judged)
+        return concluded
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+ACCEPTED = pytest.StashKey[Accepted]()

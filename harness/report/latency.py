@@ -1,0 +1,375 @@
+"""The latency report: JSON, Markdown and HTML of one session, its gate, and the nights before.
+
+Made from `Results` alone, which `lora-stack bench` measures or a file of pytest-benchmark holds.
+Knows nothing of engines, clocks or the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from harness.bench.cells import METRICS, CellResult
+from harness.bench.gate import Change
+from harness.bench.overhead import OverheadRow, decoding_rows, overhead_rows
+from harness.bench.results import Results, as_benchmark_json
+from harness.markdown import inline, table
+from harness.page import cell as show
+from harness.page import image_uri, render
+from harness.staging import staged_folder
+from harness.verdict import Outcome, Verdict, overall
+
+__all__ = [
+    "LatencyReport",
+    "as_json",
+    "as_markdown",
+    "cell_rows",
+    "history_rows",
+    "label",
+    "markers",
+    "sparkline",
+    "write_latency",
+]
+
+_TEMPLATE = Path(__file__).parent / "templates" / "latency.html.jinja"
+_BARS = "▁▂▃▄▅▆▇█"
+_NIGHTS = 30
+_TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyReport:
+    """One session, judged.
+
+    Attributes:
+        verdicts: of the gate; one that says so where nothing was compared.
+        changes: the figures behind them.
+        history: earlier results, oldest first, for plots and sparklines.
+    """
+
+    results: Results
+    verdicts: tuple[Verdict, ...]
+    changes: tuple[Change, ...] = ()
+    history: tuple[Results, ...] = ()
+
+    @property
+    def outcome(self) -> Outcome:
+        """The worst verdict."""
+        return overall(self.verdicts)
+
+
+def markers(results: Results) -> list[str]:
+    """What a reader must know before any figure: random weights, no GPU, throttling, ceilings."""
+    lines = []
+    if results.random:
+        lines.append(
+            f"{results.stack.get('base')}: RANDOM WEIGHTS in a shape. Its times mean what they "
+            "say; nothing else about this model does."
+        )
+    if results.fingerprint.get("kind") != "cuda":
+        lines.append("Measured on a CPU: this says nothing about a GPU.")
+    slowed = sorted(
+        {
+            reason
+            for cell in results.cells.values()
+            for state in cell.device_states
+            for reason in state.get("throttle", ())
+        }
+    )
+    if slowed:
+        lines.append(f"The device slowed itself down while measuring: {', '.join(slowed)}.")
+    lines += [f"Not measured: {key}: {reason}" for key, reason in results.skipped.items()]
+    return lines
+
+
+def cell_rows(results: Results) -> list[dict[str, Any]]:
+    """The main table's rows, in milliseconds, tokens a second, shares and GiB."""
+    rows = []
+    for cell in results.cells.values():
+        if any(not cell.rounds[metric] for metric in METRICS):
+            continue
+        rows.append(
+            {
+                "cell": label(cell.mode, cell.application, cell.decoding, cell.batch_size),
+                "mode": cell.mode,
+                "application": cell.application,
+                "decoding": cell.decoding,
+                "batch": cell.batch_size,
+                "rounds": len(cell.rounds["e2e_s"]),
+                "ttft_ms": cell.median("ttft_s") * 1e3,
+                "itl_p50_ms": cell.itl_s["p50"] * 1e3,
+                "itl_p90_ms": cell.itl_s["p90"] * 1e3,
+                "itl_p99_ms": cell.itl_s["p99"] * 1e3,
+                "tpot_ms": cell.median("tpot_s") * 1e3,
+                "e2e_ms": cell.median("e2e_s") * 1e3,
+                "output_tokens_per_s": cell.output_tokens_per_s,
+                "prefill_tokens_per_s": cell.prefill_tokens_per_s,
+                "decode_share": results.share(cell, "decode"),
+                "prefill_share": results.share(cell, "prefill"),
+                "switch_ms": _median(cell.switch_s, 1e3),
+                "peak_gib": None if cell.peak_bytes is None else cell.peak_bytes / 2**30,
+            }
+        )
+    return rows
+
+
+def _median(values: Sequence[float], scale: float) -> float | None:
+    return sorted(values)[len(values) // 2] * scale if values else None
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One character a value, low to high between the least and the greatest; NaN is a gap."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    # Within 2 % everything is the middle: noise is not to look like mountains.
+    span = max(high - low, 0.02 * high) or 1.0
+    low = (low + high - span) / 2
+    return "".join(
+        _BARS[min(7, int((value - low) / span * 8))] if math.isfinite(value) else " "
+        for value in values
+    )
+
+
+def history_rows(report: LatencyReport) -> list[dict[str, Any]]:
+    """Each figure over the last nights and now: medians in ms, and a sparkline."""
+    nights = [*report.history[-_NIGHTS + 1 :], report.results]
+    rows = []
+    for key in report.results.cells:
+        for metric in METRICS[:2]:
+            values = [_night(night, key, metric) for night in nights]
+            rows.append(
+                {
+                    "cell": key,
+                    "metric": _TITLES[metric],
+                    "sparkline": sparkline(values),
+                    "values_ms": [None if math.isnan(v) else v * 1e3 for v in values],
+                }
+            )
+    return rows
+
+
+def _night(night: Results, key: str, metric: str) -> float:
+    cell: CellResult | None = night.cells.get(key)
+    return cell.median(metric) if cell is not None and cell.rounds[metric] else math.nan
+
+
+def as_json(report: LatencyReport) -> dict[str, Any]:
+    """The verdict and checks, then all that pytest-benchmark's own files have."""
+    return {
+        "verdict": report.outcome.value,
+        "checks": [verdict.as_json() for verdict in report.verdicts],
+        "markers": markers(report.results),
+        "figures": cell_rows(report.results),
+        "overhead": [row.as_json() for row in overhead_rows(report.results)],
+        "decoding": [row.as_json() for row in decoding_rows(report.results)],
+        "changes": [change.as_json() for change in report.changes],
+        "nights": history_rows(report) if report.history else [],
+        **as_benchmark_json(report.results),
+    }
+
+
+_COLUMNS = {
+    "cell": "cell",
+    "ttft_ms": "TTFT ms", "itl_p50_ms": "ITL p50 ms", "itl_p90_ms": "p90", "itl_p99_ms": "p99",
+    "e2e_ms": "end to end ms", "output_tokens_per_s": "tokens/s",
+    "prefill_tokens_per_s": "prefill tokens/s", "decode_share": "decode, % of ceiling",
+    "prefill_share": "prefill, % of ceiling", "switch_ms": "switch ms", "peak_gib": "peak GiB",
+    "rounds": "rounds",
+}  # fmt: skip
+
+
+def label(mode: str, application: str, decoding: str, batch_size: int) -> str:
+    """How people are told which cell: `stacked live, batch 8`."""
+    how = "" if application == "none" else f" {application}"
+    return f"{mode}{how}{'' if decoding == 'dynamic' else f' {decoding}'}, batch {batch_size}"
+
+
+def _figure(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name.endswith("_share"):
+        return value * 100
+    return round(value) if name.endswith("tokens_per_s") and value >= 1000 else value
+
+
+def _overhead_row(row: OverheadRow) -> list[Any]:
+    name = label(row.mode, row.application, row.decoding, row.batch_size)
+    return [f"{name} / {row.against}", *row.tpot, *row.ttft]
+
+
+_OVERHEAD_HEAD = ["cell", "TPOT ratio", "low", "high", "TTFT ratio", "low", "high"]
+
+
+def _overhead_table(rows: Sequence[OverheadRow]) -> str:
+    return table(_OVERHEAD_HEAD, [[show(value) for value in _overhead_row(row)] for row in rows])
+
+
+def _environment(results: Results) -> list[tuple[str, str]]:
+    known, adapters = results.fingerprint, results.stack.get("adapters", {})
+    random = " (random weights)" if results.random else ""
+    rows = [
+        ("stack", str(results.stack.get("name", ""))),
+        ("base", str(results.stack.get("base", "")) + random),
+        *((f"adapter {name}", str(source)) for name, source in adapters.items()),
+        ("device", ", ".join(f"{name} {value}" for name, value in known.items())),
+        ("software", ", ".join(f"{name} {v}" for name, v in results.software.items() if v)),
+        ("dtype", str(results.conditions.get("dtype", ""))),
+    ]  # fmt: skip
+    if results.ceilings:
+        rows.append(
+            (
+                "ceilings",
+                f"copy {float(results.ceilings['copy_bytes_per_s']) / 1e9:,.1f} GB/s, "
+                f"{results.ceilings['matmul_dtype']} products "
+                f"{float(results.ceilings['matmul_flops']) / 1e12:,.2f} TFLOP/s, measured here",
+            )
+        )
+    if results.load_s is not None:
+        word = "building random weights" if results.random else "loading"
+        rows.append((word, f"{results.load_s:.2f} s"))
+    if results.commit.get("id"):
+        rows.append(("commit", str(results.commit["id"])))
+    rows.append(("measured at", results.moment))
+    return rows
+
+
+def as_markdown(report: LatencyReport) -> str:
+    """The report for people, every foreign text inert."""
+    results = report.results
+    lines = [
+        f"# Latency of {inline(str(results.stack.get('name', '')))}: {report.outcome.value}",
+        "",
+    ]
+    lines += [f"> **{inline(line)}**\n" for line in markers(results)]
+    lines += [f"- {inline(name)}: {inline(value)}" for name, value in _environment(results)]
+    bad = [verdict for verdict in report.verdicts if not verdict.passed]
+    good = len(report.verdicts) - len(bad)
+    lines += ["", "## Verdicts", "", f"{good} of {len(report.verdicts)} passed."]
+    if bad or good == 1:
+        lines += ["", table(["figure", "verdict", "evidence", "remedy"], [
+            [v.name, v.outcome.value, "; ".join(v.evidence), v.remedy or ""]
+            for v in (bad or report.verdicts)
+        ])]  # fmt: skip
+    lines += ["", "## Figures", "", table(list(_COLUMNS.values()), [
+        [show(_figure(name, row[name])) for name in _COLUMNS] for row in cell_rows(results)
+    ])]  # fmt: skip
+    overhead = overhead_rows(results)
+    if overhead:
+        how = "rounds in turn, pairs" if results.in_turn else "rounds apart, unpaired"
+        lines += ["", "## What adapters cost", "", f"Ratios with 95 % intervals ({how})."]
+        lines += ["", _overhead_table(overhead)]
+    decoding = decoding_rows(results)
+    if decoding:
+        lines += ["", "## What another way of decoding brings", "", _overhead_table(decoding)]
+    if report.history:
+        lines += ["", f"## The last {min(_NIGHTS, len(report.history) + 1)} nights", "",
+                  table(["cell", "figure", "nights", "now ms"], [
+                      [row["cell"], row["metric"], row["sparkline"], show(row["values_ms"][-1])]
+                      for row in history_rows(report)
+                  ])]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _tables(report: LatencyReport) -> list[dict[str, Any]]:
+    results = report.results
+    made = [
+        {
+            "title": "Figures",
+            "text": "Medians over the rounds; gaps between tokens pooled. A share of the ceiling "
+            "is the roofline's time over the measured one.",
+            "head": list(_COLUMNS.values()),
+            "rows": [[_figure(name, row[name]) for name in _COLUMNS] for row in cell_rows(results)],
+        }
+    ]
+    for title, rows in (
+        ("What adapters cost", overhead_rows(results)),
+        ("What another way of decoding brings", decoding_rows(results)),
+    ):
+        if rows:
+            how = "Rounds ran in turn: pairs." if results.in_turn else "Rounds did not run in turn."
+            made.append(
+                {
+                    "title": title,
+                    "text": f"Ratios with 95 % bootstrap intervals. {how}",
+                    "head": _OVERHEAD_HEAD,
+                    "rows": [_overhead_row(row) for row in rows],
+                }
+            )
+    if report.changes:
+        made.append(
+            {
+                "title": "Compared",
+                "text": "New over old, 99 % interval, p of the rank test corrected over the table, "
+                "and how far apart equal things were.",
+                "head": ["figure", "old ms", "new ms", "ratio", "low", "high", "p", "noise floor",
+                         "verdict"],
+                "rows": [
+                    [c.samples.name, c.old_s * 1e3, c.new_s * 1e3, c.ratio, c.low, c.high,
+                     c.p_adjusted, math.expm1(c.samples.floor) if c.samples.floor < 5 else None,
+                     c.outcome.value]
+                    for c in report.changes
+                ],
+            }
+        )  # fmt: skip
+    if report.history:
+        made.append(
+            {
+                "title": "Nights",
+                "text": "Medians, oldest night left; the scale is each row's own.",
+                "head": ["cell", "figure", "nights", "now ms"],
+                "rows": [
+                    [row["cell"], row["metric"], row["sparkline"], row["values_ms"][-1]]
+                    for row in history_rows(report)
+                ],
+            }
+        )
+    return made
+
+
+def _with_failures(report: LatencyReport) -> Results:
+    """The results with what failed now, as a stored night has it."""
+    failed = [v.name for v in report.verdicts if v.outcome is Outcome.FAILED]
+    return replace(report.results, failed=tuple(name.removeprefix("latency: ") for name in failed))
+
+
+def write_latency(report: LatencyReport, folder: Path) -> Path:
+    """Write `report.json`, `report.md` and `report.html` as a new *folder*, whole or not at all.
+
+    Plots are left out where matplotlib is absent, and the page says so.
+    """
+    try:
+        from harness.report.plots import draw_latency
+    except ImportError:
+        plots, hint = [], "Plots need matplotlib: pip install 'lora-stack-harness[plots]'."
+    else:
+        plots, hint = list(draw_latency(_with_failures(report), report.history)), ""
+    results = report.results
+    page = render(
+        _TEMPLATE,
+        title=f"Latency of {results.stack.get('name', '')}: {report.outcome.value}",
+        subtitle=f"{results.fingerprint.get('device') or results.fingerprint.get('cpu')}, "
+        f"{results.conditions.get('dtype')}, {results.moment}",
+        markers=markers(results),
+        environment=_environment(results),
+        checks=[v.as_json() for v in report.verdicts if not v.passed]
+        or [v.as_json() for v in report.verdicts[:1]],
+        passed=sum(v.passed for v in report.verdicts),
+        total=len(report.verdicts),
+        plots=[{"title": p.title, "caption": p.caption, "uri": image_uri(p.svg)} for p in plots],
+        hint=hint,
+        tables=_tables(report),
+    )
+    with staged_folder(folder) as staged:
+        text = json.dumps(as_json(report), ensure_ascii=False, indent=1) + "\n"
+        (staged / "report.json").write_text(text, encoding="utf-8")
+        (staged / "report.md").write_text(as_markdown(report), encoding="utf-8")
+        (staged / "report.html").write_text(page, encoding="utf-8")
+        for plot in plots:
+            (staged / f"{plot.name}.png").write_bytes(plot.png)
+    return folder

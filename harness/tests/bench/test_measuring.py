@@ -1,0 +1,191 @@
+"""Rounds are timed as the definitions say, whatever the clock; the device is read, never set."""
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.bench.cells import Lengths, Round, cells_of, percentile, summarise
+from harness.completion import Application
+from harness.errors import HarnessError, InputError
+from harness.resolve import random_stack
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def cells(tiny_shape):
+    stack = random_stack(f"random:{tiny_shape}")
+    return cells_of(stack, Lengths(input_tokens=8, output_tokens=4, batch_sizes=(1, 2)))
+
+
+def test_every_mode_and_application_has_a_cell_and_the_base_one(cells):
+    kinds = {(cell.mode.name, cell.application_name) for cell in cells}
+    applications = {"live", "flattened", "merged"}
+    assert kinds == {("base", "none")} | {
+        (mode, how) for mode in ("style", "instruct", "stacked") for how in applications
+    }
+    assert len({cell.key for cell in cells}) == len(cells) == 20
+    assert {c.application_name for c in cells if c.unwrapped} == {"none", "merged"}
+
+
+def test_tpot_is_the_mean_gap_and_itl_pools_all_gaps(cells):
+    rounds = [Round(ttft_s=1.0, gaps_s=(0.1, 0.3), e2e_s=1.5),
+              Round(ttft_s=2.0, gaps_s=(0.2, 0.2), e2e_s=2.5)]  # fmt: skip
+    result = summarise(cells[0], rounds)
+    assert result.rounds["tpot_s"] == pytest.approx((0.2, 0.2))
+    assert result.itl_s["p50"] == pytest.approx(0.2)
+    assert result.itl_s["p99"] == pytest.approx(0.297)
+    assert result.output_tokens_per_s == pytest.approx(1 * 4 / 2.0)
+    assert result.prefill_tokens_per_s == pytest.approx(1 * 8 / 1.5)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 100))
+def test_percentiles_are_numpys(values, share):
+    import numpy as np
+
+    assert percentile(values, share) == pytest.approx(np.percentile(values, share), abs=1e-6)
+
+
+class _Event:
+    """A CUDA event whose time is when it was recorded, by a clock that each record moves on."""
+
+    now = 0.0
+
+    def record(self, stream):
+        _Event.now += 0.010
+        self.at = _Event.now
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1e3
+
+
+def test_the_cuda_clock_reads_events_after_the_last_token(monkeypatch):
+    import torch
+
+    from harness.bench import clock as clocks
+
+    waits = []
+    monkeypatch.setattr(clocks, "cuda_event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    clock = clocks.clock_for("cuda:1")
+    for _ in range(2):  # events are used again
+        waits.clear()
+        clock.start()
+        for _ in range(4):
+            clock.mark()
+        assert waits == [torch.device("cuda:1")]  # none since the start
+        found = clock.stop()
+        assert waits == [torch.device("cuda:1")] * 2
+        assert found.ttft_s == pytest.approx(0.010)
+        assert found.gaps_s == pytest.approx((0.010, 0.010, 0.010))
+        assert found.e2e_s > 0
+    clock.start()
+    clock.mark()
+    with pytest.raises(HarnessError):
+        clock.stop()
+
+
+def test_generating_gives_the_same_tokens_with_and_without_the_hook(tiny_shape):
+    import torch
+
+    from harness.engines import load_for_timing
+    from harness.engines.timed import Decoding, generate_marked, plain_generation, random_ids
+
+    marks = []
+    stack = random_stack(f"random:{tiny_shape}")
+    with load_for_timing(stack, device="cpu", dtype="float32") as engine:
+        ids = random_ids(512, 2, 8, "cpu")
+        with engine.mode("stacked") as model, plain_generation(model), torch.inference_mode():
+            bare = generate_marked(model, ids, 6, None)
+            marked = generate_marked(model, ids, 6, lambda: marks.append(1))
+            static = generate_marked(model, ids, 6, None, Decoding.STATIC)
+    assert len(marks) == 6
+    assert torch.equal(bare, marked)
+    assert torch.equal(bare, static)
+
+
+def test_an_end_of_sequence_does_not_end_a_measured_generation(tiny):
+    """The embedded settings of a checkpoint must not leak in."""
+    import torch
+
+    from harness.engines import load_engine
+    from harness.engines.timed import generate_marked, plain_generation
+    from harness.resolve import resolve_stack
+
+    with load_engine(resolve_stack(base_model=tiny.base), device="cpu") as engine:
+        ids = torch.zeros((1, 4), dtype=torch.long)
+        first = int(engine.model(input_ids=ids).logits[0, -1].argmax())
+        engine.model.generation_config.eos_token_id = first
+        with engine.mode("base") as model, plain_generation(model), torch.inference_mode():
+            assert generate_marked(model, ids, 5, None).shape == (1, 9)
+        assert engine.model.generation_config.eos_token_id == first
+
+
+def test_a_cell_that_does_not_fit_is_refused(cells, tiny_shape, monkeypatch):
+    import dataclasses
+
+    from harness.bench.measuring import Measurer
+    from harness.engines import load_for_timing
+
+    stack = random_stack(f"random:{tiny_shape}")
+    with load_for_timing(stack, device="cpu") as engine:
+        measurer = Measurer(engine, ceilings=False)
+        with pytest.raises(InputError, match="do not fit the context of 512"):
+            measurer.check(dataclasses.replace(cells[0], input_tokens=512))
+        merged = next(c for c in cells if c.application is Application.MERGED)
+        assert measurer._merged_bytes(merged.mode) == 2 * measurer.arithmetic.linear_parameters
+        live = next(c for c in cells if c.mode.name == "stacked" and c.batch_size == 1)
+        parameters = sum(measurer.adapter_size(name)[0] for name in ("style", "instruct"))
+        assert parameters == sum(
+            pair.a.numel() + pair.b.numel()
+            for factors in engine.files.values()
+            for pair in factors.pairs.values()
+        )
+        _, decode = measurer.work(live)
+        _, without = measurer.work(dataclasses.replace(live, application=Application.MERGED))
+        assert decode.flops - without.flops == pytest.approx(2 * parameters)
+        assert decode.bytes_read - without.bytes_read == 4 * parameters  # float32, as PEFT's
+
+
+def test_throttle_reasons_are_named():
+    from harness.bench.device import throttle_reasons
+
+    assert throttle_reasons(0) == []
+    assert throttle_reasons(0x1 | 0x2) == []
+    assert throttle_reasons(0x4 | 0x40 | 0x1000) == ["power cap", "hardware thermal", "0x1000"]
+
+
+def test_nvml_answers_are_read_and_refusals_left_out():
+    from harness.bench.device import DeviceReader
+
+    def refuse(*_):
+        raise RuntimeError("not supported")
+
+    reader = DeviceReader("cpu")
+    assert reader.read() is None
+    reader._handle, reader._nvml = object(), SimpleNamespace(
+        NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetClockInfo=lambda handle, which: {1: 1980, 2: 3201}[which],
+        nvmlDeviceGetTemperature=refuse,
+        nvmlDeviceGetPowerUsage=lambda handle: 412_500,
+        nvmlDeviceGetEnforcedPowerLimit=lambda handle: 700_000,
+        nvmlDeviceGetCurrentClocksEventReasons=lambda handle: 0x4,
+    )  # fmt: skip
+    assert reader.read() == {
+        "sm_mhz": 1980, "memory_mhz": 3201, "power_w": 412.5, "power_limit_w": 700.0,
+        "throttle": ["power cap"],
+    }  # fmt: skip
+
+
+def test_nothing_of_the_device_is_ever_set():
+    text = (BENCH / "device.py").read_text()
+    calls = [node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    assert not [name for name in calls if re.match(r"nvml\w*(Set|Reset)", name)]
+    assert "nvidia-smi" in text
+    assert not re.search(r'"-(lgc|lmc|pl|pm|ac|r|rac|rgc)"', text)

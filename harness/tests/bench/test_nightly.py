@@ -1,0 +1,92 @@
+"""The suite under pytest writes what the gate reads; the nightly's scripts do what they say."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness.bench.gate_simulation import NOISE, read_noise, simulate
+from harness.bench.results import read_results
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_suite_measures_a_random_shape_and_its_file_is_read(pytester, tiny_shape):
+    """The same test code that `-m gpu --base-model random:qwen3-8b` runs."""
+    done = pytester.runpytest_subprocess(
+        str(ROOT / "suites"), "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-q",
+        "--base-model", f"random:{tiny_shape}", "--device", "cpu", "--batch-sizes", "1",
+        "--modes", "base,stacked", "--input-tokens", "4", "--output-tokens", "2",
+        f"--benchmark-json={pytester.path / 'new.json'}",
+    )  # fmt: skip
+    outcomes = done.parseoutcomes()
+    assert outcomes["passed"] == 4
+    assert set(outcomes) <= {"passed", "skipped", "warnings", "warning"}
+    done.stdout.fnmatch_lines(["*is random numbers: what it says means nothing*"])
+    found = read_results(pytester.path / "new.json")
+    assert set(found.cells) == {
+        "base-b1-i4-o2", "stacked-live-b1-i4-o2", "stacked-flattened-b1-i4-o2",
+        "stacked-merged-b1-i4-o2",
+    }  # fmt: skip
+    assert found.random
+    assert found.ceilings["copy_bytes_per_s"] > 0
+    machine = json.loads((pytester.path / "new.json").read_text())["machine_info"]
+    assert machine["versions"]["torch"]
+
+
+@pytest.fixture
+def github(tmp_path):
+    """A `gh` that writes down what it is asked; `.open` is the number of an open issue."""
+    log, answer = tmp_path / "log", tmp_path / "answer"
+    answer.write_text("")
+    script = tmp_path / "bin" / "gh"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$2" in list) cat {answer};; esac\n')
+    script.chmod(0o755)
+    report = tmp_path / "report.md"
+    report.write_text("# slower\n")
+
+    def run(code, number=""):
+        answer.write_text(number)
+        log.write_text("")
+        subprocess.run(
+            [ROOT / ".ci" / "latency-issue", code, report, "https://run"], check=True,
+            env=os.environ | {"PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}"},
+        )  # fmt: skip
+        return [line.split() for line in log.read_text().splitlines()]
+
+    return run
+
+
+def test_a_regression_opens_one_issue_and_then_updates_it(github):
+    opened = [words[:2] for words in github("1")]
+    assert opened == [["issue", "list"], ["label", "create"], ["issue", "create"]]
+    again = [words[:3] for words in github("1", "7")]
+    assert again[1:] == [["issue", "edit", "7"], ["issue", "comment", "7"]]
+    assert [words[:3] for words in github("0", "7")][1:] == [["issue", "comment", "7"]]
+    assert [words[:2] for words in github("0")] == [["issue", "list"]]
+
+
+def test_the_last_good_commit_is_that_of_the_newest_night_that_held(tmp_path):
+    for name, verdict in (("1", "held"), ("2", "held"), ("3", "failed")):
+        night = {"verdict": verdict, "commit_info": {"id": name * 4}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(night))
+    done = subprocess.run(
+        [ROOT / ".ci" / "last-good-commit", tmp_path], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "2222\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("history", [0, 7])
+def test_equal_nights_raise_no_alarm(history):
+    rates = simulate(read_noise(NOISE), shift=0.0, nights=60, history=history)
+    assert rates.alarms == 0
+
+
+@pytest.mark.slow
+def test_a_tenth_more_is_found_in_twenty_rounds():
+    rates = simulate(read_noise(NOISE), shift=0.10, nights=20)
+    assert rates.found / rates.slowed >= 0.95
