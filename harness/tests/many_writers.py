@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.completion import Prompt
-from harness.snapshot import snapshot_extension
+from harness.snapshot import read_snapshot, snapshot_of, write_form
+from harness.snapshot_files import evidence_of, read_pair, write_pair
 from harness.staging import write_text
 from harness.tests.values import completion
 
@@ -26,34 +27,36 @@ _TOKENS = 400
 
 
 def accept(folder: Path, number: int, value: int) -> None:
-    """Accept a completion as the suites' `--snapshot-update` does; every token is *value*."""
-    extension = snapshot_extension(folder, {})
+    """Accept a completion as the suites' `--snapshot-update` does; every token is *value*, and so
+    is the evidence beside it."""
     said = completion(
         Prompt(id=f"p-{number}", text="x"), token_ids=(value,) * _TOKENS, text=f"{value} " * _TOKENS
     )
-    location = str(folder / "test_x" / f"p-{number}.toml")
-    extension.write_snapshot(
-        snapshot_location=location, snapshots=[(extension().serialize(said), None, None)]
-    )
+    text = write_form(snapshot_of(said, {})).encode("utf-8")
+    write_pair(folder / "test_x" / f"p-{number}.toml", text, _evidence(value))
+
+
+def _evidence(value: int) -> bytes:
+    return value.to_bytes(4, "little") * _TOKENS
 
 
 def accepted(folder: Path, number: int) -> int | None:
     """The value of snapshot *number*; None if it is not there.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or its evidence is another's.
         AssertionError: it is a mixture of two.
     """
-    from harness.snapshot import read_snapshot
-
     path = folder / "test_x" / f"p-{number}.toml"
-    if not path.exists():
+    pair = read_pair(path)
+    if pair.text is None:
         return None
-    found = read_snapshot(path.read_text(encoding="utf-8"), where=path)
+    found = read_snapshot(pair.text.decode("utf-8"), where=path)
     assert len(set(found.token_ids)) == 1
     assert len(found.token_ids) == _TOKENS
     value = found.token_ids[0]
     assert found.text == f"{value} " * _TOKENS
+    assert evidence_of(pair, where=path) == _evidence(value)
     return value
 
 
