@@ -7,6 +7,7 @@ Reads the stack's files once an engine, the base's from memory where they have n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ _TOKENIZER_FILES = (
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
+@cache
 def versions() -> dict[str, str]:
     """The versions of what computes; `absent` where it is not installed."""
     found = {}
@@ -40,12 +42,15 @@ def versions() -> dict[str, str]:
 
 
 def made_with(engine: PeftEngine, mode: Mode) -> dict[str, str]:
-    """Names and shapes: of the base, the mode, and where it ran."""
+    """Names and shapes: of the base, the mode, adapters from a hub, and where it ran."""
     base = engine.stack.base
     return {
         "base": f"{base.source}@{base.revision}" if base.revision else base.path.name,
         "architecture": architecture(engine.checkpoint.config),
         "composition": composition(mode),
+        **{
+            f"hub_{a.name}": f"{a.source}@{a.revision}" for a in engine.stack.adapters if a.revision
+        },
         "device": engine.device,
         "dtype": engine.dtype,
         **versions(),

@@ -8,9 +8,8 @@ two all-linear adapters of rank 16. Then, in turn and in one process: every mode
 generated anew in batches, and every one checked by replay of what was said; and as processes of
 their own, one a mode: PEFT, prompts one after the other. Prints medians and the ratio of each pair,
 of wall and of processor time. The head is the embedding shifted by one row, so that every next
-token is as certain
-as a trained model's and no rounding tie adds work to either side; the time of an operation does
-not depend on the values.
+token is as certain as a trained model's and no rounding tie adds work to either side; the time of
+an operation does not depend on the values.
 """
 
 from __future__ import annotations

@@ -291,7 +291,8 @@ def _lora_accepted(
         snapshots=pytestconfig.rootpath / pytestconfig.getini("lora_snapshots"),
         profile=pytestconfig.getoption(DEST + "profile"),
         replaying=not pytestconfig.getoption(DEST + "no_replay"),
-        drift_fails=setting.drift_fails,
+        # Who asks for an update wants what drifted to be written, too.
+        drift_fails=setting.drift_fails or bool(pytestconfig.getoption("update_snapshots", False)),
     )
     pytestconfig.stash[ACCEPTED] = accepted
     return accepted

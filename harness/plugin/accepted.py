@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,17 +143,21 @@ class Accepted:
         replaying: bool,
         drift_fails: bool,
     ) -> None:
-        from harness.provenance import contents_of
-
         self.engine, self.preset, self.root, self.snapshots = engine, preset, root, snapshots
         self.folder = snapshots / profile if profile else snapshots
         self.drift_fails = drift_fails
-        self.contents = contents_of(engine)
         self.judged: dict[Path, Judged] = {}
         self.completions = Completions(engine, preset, self.drafts if replaying else None)
         self._floors: dict[tuple[str, str, str | None], NoiseFloor | None] = {}
         self._pieces: dict[int, str] = {}
         self._run_recorded = False
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Digests of what the completions are made from; the base's weights are read once."""
+        from harness.provenance import contents_of
+
+        return contents_of(self.engine)
 
     def drafts(self, mode: Mode) -> list[tuple[int, ...] | None]:
         """What is accepted for each prompt in *mode*, whichever test module holds it."""

@@ -162,10 +162,10 @@ def test_batches_threads_padding_and_bfloat16_are_never_a_change(accepted):
 
 @pytest.mark.slow
 def test_planted_changes_are_told_from_rounding_over_many_stacks(accepted, tmp_path):
-    planted = sum(check_planted(accepted, seed, tmp_path) for seed in range(2, 22))
-    harmless = sum(check_harmless(accepted, seed) for seed in range(2, 22))
-    assert planted > 200
-    assert harmless > 400
+    planted = sum(check_planted(accepted, seed, tmp_path) for seed in range(2, 14))
+    harmless = sum(check_harmless(accepted, seed) for seed in range(2, 14))
+    assert planted > 120
+    assert harmless > 240
 
 
 def test_floor_is_remembered_by_the_contents_it_was_measured_on(tiny_engine, monkeypatch, tmp_path):

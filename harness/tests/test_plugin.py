@@ -145,17 +145,25 @@ def test_ci_accepts_nothing(project, stack_arguments, monkeypatch):
 
 
 def test_snapshots_that_no_test_asks_for_are_named_and_kept(project, stack_arguments):
+    from harness.snapshot import snapshot_name
+
     project.makepyfile(test_one=GENERATION, test_two=GENERATION)
-    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
-    for selection in (["-k", "stacked"], ["--modes=base"], ["-n1"], ["test_one.py"]):
-        quiet = project.runpytest_subprocess(*selection, *stack_arguments)
-        assert quiet.ret == 0
+    for module in ("test_one", "test_two"):
+        folder = project.mkdir("snapshots") if module == "test_one" else project.path / "snapshots"
+        (folder / module).mkdir()
+        for prompt in ("prompt-1", "prompt-2"):
+            for mode in ("base", "style", "instruct", "stacked"):
+                for suffix in ("toml", "evidence"):
+                    name = snapshot_name("p", prompt, mode)
+                    (folder / module / f"{name}.{suffix}").touch()
+    nothing = ["-k", "nothing"]  # no test runs: what was collected counts
+    for selection in (["--modes=base"], ["-n1"], ["test_one.py"], ["test_one.py::test_x"]):
+        quiet = project.runpytest_subprocess(*selection, *nothing, *stack_arguments)
         quiet.stdout.no_fnmatch_line("*no test asks for*")
     (project.path / "test_two.py").unlink()
     (project.path / "p.txt").write_text("Hello\n")
     for workers in ([], ["-n1"]):
-        result = project.runpytest_subprocess(*workers, *stack_arguments)
-        result.assert_outcomes(passed=4)
+        result = project.runpytest_subprocess(*workers, *nothing, *stack_arguments)
         result.stdout.fnmatch_lines(
             ["24 files of snapshots that no test asks for:", "  snapshots/test_one/p--prompt-2--*"]
         )

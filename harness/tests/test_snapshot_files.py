@@ -221,7 +221,7 @@ def test_killed_at_random_moments_the_old_or_the_new_is_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_1000_kills_leave_the_old_or_the_new(tmp_path):
-    seen = _driven(_KILLED, tmp_path, 1000)
+def test_500_kills_leave_the_old_or_the_new(tmp_path):
+    seen = _driven(_KILLED, tmp_path, 500)
     assert seen["other"] == 0
     assert min(seen["old"], seen["new"]) > 0
