@@ -165,7 +165,7 @@ def test_mutated_folder_is_refused_or_right(sound, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=120, **(_KEPT | {"derandomize": False}))
+@settings(max_examples=250, **(_KEPT | {"derandomize": False}))
 @given(data=st.data())
-def test_120_more_mutated_folders_are_refused_or_right(sound, data):
+def test_250_more_mutated_folders_are_refused_or_right(sound, data):
     refused_or_right(sound, data.draw)
