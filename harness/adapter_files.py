@@ -265,7 +265,8 @@ def _pair(
                 where=path,
                 remedy="save the adapter again",
             )
-    if config.targets(module) is False:
+    # With ensure_weight_tying PEFT adapts the tied partner too, which no target names.
+    if config.targets(module) is False and not config.raw.get("ensure_weight_tying"):
         raise refuse(
             "has weights, which target_modules does not name: PEFT drops them",
             f"mend target_modules in {CONFIG_NAME}, or save the adapter again",

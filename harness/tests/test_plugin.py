@@ -144,6 +144,7 @@ def test_ci_accepts_nothing(project, stack_arguments, monkeypatch):
     assert not (project.path / "snapshots").exists()
 
 
+@pytest.mark.slow
 def test_snapshots_that_no_test_asks_for_are_named_and_kept(project, stack_arguments):
     from harness.snapshot import snapshot_name
 
@@ -258,6 +259,7 @@ def test_verdict_is_recorded_and_fails_with_its_remedy(project, stack_arguments)
     assert '<property name="lora_verdict" value="failed" />' in junit
 
 
+@pytest.mark.slow
 def test_workers_load_once_each_and_the_table_is_whole(project, stack_arguments):
     project.makeconftest(
         """

@@ -15,6 +15,7 @@ EXAMPLE = ROOT / "docs" / "examples" / "analyze_stack.py"
 
 
 @pytest.mark.skipif(not EXAMPLE.is_file(), reason="not a checkout")
+@pytest.mark.slow
 def test_the_worked_example_runs_on_the_embedded_stages(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, EXAMPLE, str(tmp_path)],

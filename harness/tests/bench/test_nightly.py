@@ -13,6 +13,7 @@ from harness.bench.results import read_results
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_suite_measures_a_random_shape_and_its_file_is_read(pytester, tiny_shape):
     """The same test code that `-m gpu --base-model random:qwen3-8b` runs."""
     done = pytester.runpytest_subprocess(

@@ -86,9 +86,9 @@ def test_broken_folder_is_refused_and_named(folders, capsys, file, words, build)
     assert all("→" in line for line in named), "how to mend it is said"
     assert "Traceback" not in captured.err
     assert captured.out == ""
-    assert captured.err.isprintable() or set(captured.err) - {"\n"} == {
-        c for c in captured.err if c.isprintable()
-    }, "nothing of the folder's reaches the terminal unescaped"
+    # The zero-width space is the guard that `shown` puts into what a log would take as a command.
+    foreign = captured.err.replace("\n", "").replace("\u200b", "")
+    assert foreign.isprintable(), "nothing of the folder's reaches the terminal unescaped"
     assert len(captured.err) < 30_000
     assert not os.path.lexists("canary"), "code of the folder's ran"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "kilobytes"

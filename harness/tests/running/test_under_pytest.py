@@ -99,7 +99,7 @@ def test_a_mode_without_memory_fails_its_tests_and_the_others_run(project):
                     for prompt in prompts
                 )
 
-            harness.replay.complete = complete
+            harness.replay.replay_completions = complete
             return Completions(None, lora_preset)
 
         def test_says(lora_completion):
