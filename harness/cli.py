@@ -43,7 +43,8 @@ def _command(name: str) -> ModuleType:
     return importlib.import_module(f"harness.commands.{name.replace('-', '_')}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser for *argv*: of the command it starts with alone, so that only that is imported."""
     parser = _Parser(
         prog="lora-stack",
         description="Evaluation and regression harness for stacks of LoRA adapters. "
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lora-stack {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in _COMMANDS:
+    for name in argv[:1] if argv and argv[0] in _COMMANDS else _COMMANDS:
         module = _command(name)
         command = commands.add_parser(
             name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False
@@ -63,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
+    words = with_dashes(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(words).parse_args(words)
     try:
         with terminable():
             code: int = _command(arguments.command).run(arguments)

@@ -105,4 +105,6 @@ class FieldReader:
         return value
 
     def pattern_table(self, key: str, read: Callable[[str, object], _Number]) -> dict[str, _Number]:
+        if key in self.raw and self.raw[key] is None:  # PEFT asks None for its keys
+            self.fault(key, "null is not a table", "write {}")
         return {name: read(key, value) for name, value in self.table(key).items()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from harness.analysis.entries import EntryCounts, count_entries, delta_counts
@@ -174,7 +175,10 @@ def module_figures(
     norm = delta_norm(factors)
     rows, columns, rank = pair.b.shape[0], pair.a.shape[1], factors.rank
     square_a, square_b = float(factors.gram_a.trace()), float(factors.gram_b.trace())
-    sum_a, sum_b = factors.a.sum(dim=1), factors.b.sum(dim=0)
+    sum_a, sum_b = (
+        pair.a.sum(dim=1, dtype=torch.float64),
+        pair.b.sum(dim=0, dtype=torch.float64),
+    )
     mean_delta = factors.scale * float(sum_b @ sum_a) / (rows * columns)
     alive = (factors.gram_a.diagonal() > 0) & (factors.gram_b.diagonal() > 0)
     spectrum = _spectrum_figures(values.numpy())

@@ -50,23 +50,34 @@ _SMALLEST = 1e-28  # squared norms below which float32 loses entries
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """One pair's factors in float64 with their Gram matrices.
+    """One pair with its Gram matrices in float64.
 
     Attributes:
-        a: `(r, in)`. b: `(out, r)`.
         gram_a: `A Aᵀ`, `(r, r)`. gram_b: `BᵀB`, `(r, r)`.
-        scale: `s`, any sign.
     """
 
-    a: Tensor
-    b: Tensor
+    pair: LoraPair
     gram_a: Tensor
     gram_b: Tensor
-    scale: float
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.pair.rank
+
+    @property
+    def scale(self) -> float:
+        """`s`, any sign."""
+        return self.pair.scale
+
+    @property
+    def a(self) -> Tensor:
+        """`(r, in)` in float64."""
+        return self.pair.a.detach().to(torch.float64)
+
+    @property
+    def b(self) -> Tensor:
+        """`(out, r)` in float64."""
+        return self.pair.b.detach().to(torch.float64)
 
 
 @contextlib.contextmanager
@@ -81,9 +92,9 @@ def one_thread() -> Iterator[None]:
 
 
 def factors_of(pair: LoraPair) -> Factors:
-    """The factors of *pair* in float64 and their Gram matrices."""
-    a, b = pair.a.detach().to(torch.float64), pair.b.detach().to(torch.float64)
-    return Factors(a=a, b=b, gram_a=a @ a.T, gram_b=b.T @ b, scale=pair.scale)
+    """*pair* with its Gram matrices."""
+    grams = _Grams.of((pair,), torch.float64)
+    return Factors(pair=pair, gram_a=grams.wide[0, 0], gram_b=grams.tall[0, 0])
 
 
 def delta_norm(factors: Factors) -> float:
@@ -134,7 +145,7 @@ def cosine(first: LoraPair, second: LoraPair) -> float:
     if one is not None and two is not None and crossed is not None:
         sizes = math.sqrt(one) * math.sqrt(two)
     else:
-        x, y = (dataclasses.replace(factors_of(pair), scale=1.0) for pair in (first, second))
+        x, y = (factors_of(dataclasses.replace(pair, scale=1.0)) for pair in (first, second))
         crossed, sizes = inner_product(x, y), delta_norm(x) * delta_norm(y)
     if not sizes or not first.scale or not second.scale:
         return 0.0
@@ -224,17 +235,17 @@ def singular_values(factors: Factors) -> Tensor:
 
 def _core(factors: Factors, *, exact: bool = False) -> Tensor:
     """`L_BᵀL_A`; *exact* takes both roots from QR."""
-    left = _root(factors.b.T, factors.gram_b, exact=exact)
-    return left.T @ _root(factors.a, factors.gram_a, exact=exact)
+    left = _root(factors.pair.b.detach().T, factors.gram_b, exact=exact)
+    return left.T @ _root(factors.pair.a.detach(), factors.gram_a, exact=exact)
 
 
 def _root(wide: Tensor, gram: Tensor, *, exact: bool = False) -> Tensor:
-    """`L` with `L Lᵀ = wide·wideᵀ = gram`, `(r, min(r, n))`; *wide* is `(r, n)`."""
+    """`L` with `L Lᵀ = wide·wideᵀ = gram`, `(r, min(r, n))`; *wide* is `(r, n)`, any dtype."""
     eigenvalues = torch.zeros(1) if exact else torch.linalg.eigvalsh(gram)
     if eigenvalues[0] > _GRAM_SPREAD * eigenvalues[-1]:
         root: Tensor = torch.linalg.cholesky(gram)
     else:
-        root = torch.linalg.qr(wide.T, mode="r").R.T
+        root = torch.linalg.qr(wide.T.to(torch.float64), mode="r").R.T
     return root
 
 

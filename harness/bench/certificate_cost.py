@@ -1,36 +1,67 @@
 """What a certificate costs: seconds and memory on a random model of a given shape.
 
-`python -m harness.bench.certificate_cost` writes a random stack to a temporary folder, loads it,
-and measures a forward pass of the same tokens, one read of the files, and the certificate, with
-the peak of anonymous memory beyond the loaded model. The cost model is in docs/certificate.md.
-Knows nothing of what the certificate checks.
+    python -m harness.bench.certificate_cost [--shapes 0.1b 0.5b] [--rounds 3]
+
+Writes a random stack to a temporary folder, reads its files once from the disk, loads it, and
+measures a forward pass of the prompts' tokens, one read of the files from the page cache, and the
+certificate, with the peak of anonymous memory beyond the loaded model; for two short prompts and
+for eight of 48 tokens, which is where the certificate cuts prompts off. Then prints the arithmetic
+of the cost model in docs/certificate.md for each shape and for Qwen3-8B's. Knows nothing of what
+the certificate checks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
 
-__all__ = ["measure"]
+__all__ = ["arithmetic", "measure"]
 
-#: Shapes of Qwen2.5: `0.5b` has 494 M parameters, `tiny` is for trying the script.
+#: Shapes of Qwen2.5: `0.5b` has 494 M parameters, `0.1b` a quarter of its layers and a smaller
+#: vocabulary, `tiny` is for trying the script.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+    "0.1b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 6,
+             "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 37984},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
              "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
 }  # fmt: skip
-PROMPTS = ("The quick brown fox jumps over", "the lazy dog, and over again.")
+#: Qwen3-8B: parameters, those of adapted layers, and bytes on disk in bfloat16.
+QWEN3_8B = {"parameters": 8_190_735_360, "adapted": 6_945_767_424}
+RANKS = (16, 64)
+_SHORT = ("The quick brown fox jumps over", "the lazy dog, and over again.")
+_LONG = tuple(f"{number}: " + "and so on, " * 10 for number in range(8))
+PROMPTS: dict[str, tuple[str, ...]] = {"2 short prompts": _SHORT, "8 prompts": _LONG}
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def arithmetic(*, parameters: int, adapted: int, tokens: int) -> dict[str, float]:
+    """Operations and bytes of each part of a certificate for two adapters of `RANKS`.
+
+    Args:
+        parameters: of the base; `adapted` those in adapted layers. tokens: of the prompts.
+    """
+    from harness.certificate import capture, end_to_end
+
+    variants = 2 + len(RANKS) * (1 + end_to_end._NULLS)
+    short = end_to_end._TOKENS * (variants + 2)  # a row each, all merged, and the live layers
+    return {
+        "bytes of the files": 2.0 * parameters,
+        "one forward pass": 2.0 * parameters * tokens,
+        "outputs in float64": 2.0 * adapted * capture._ROWS,
+        "short forward pass of the variants": 2.0 * parameters * short,
+        "merging module by module": 2.0 * adapted * sum(RANKS),
+    }
 
 
 def _write(folder: Path, shape: str, ranks: tuple[int, int]) -> Any:
@@ -84,68 +115,133 @@ def _timed(call: Callable[[], Any]) -> tuple[float, int, Any]:
     return seconds, peak[0] - start_bytes, result
 
 
-def measure(shape: str, *, ranks: tuple[int, int] = (16, 64), rounds: int = 3) -> dict[str, Any]:
-    """Median seconds and peak bytes, by part, for a random stack of *shape* in bfloat16."""
+def _read(files: Sequence[Path], *, cold: bool = False) -> int:
+    """Read the files once; *cold* drops them from the page cache first, where nobody maps them."""
+    total = 0
+    for file in files:
+        with file.open("rb") as stream:
+            if cold and hasattr(os, "posix_fadvise"):
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while chunk := stream.read(1 << 24):
+                total += len(chunk)
+    return total
+
+
+def measure(shape: str, *, rounds: int = 3) -> dict[str, Any]:
+    """Median seconds, wall and processor's, and peak bytes, by prompts and part.
+
+    The model is a random one of *shape* in bfloat16; verdicts other than `held` are listed.
+    """
+    with tempfile.TemporaryDirectory(prefix="lora-stack-") as scratch:
+        stack = _write(Path(scratch), shape, RANKS)
+        files = list(Path(scratch).rglob("*.safetensors"))
+        start = time.perf_counter()
+        size = _read(files, cold=True)
+        found: dict[str, Any] = {"shape": shape, "bytes": size}
+        found["seconds from the disk"] = time.perf_counter() - start
+        with harness.load_engine(stack, device="cpu") as engine, engine.mode("stacked") as model:
+            bare: Any = getattr(model, "base_model", model)
+            found["parameters"] = sum(
+                p.numel() for n, p in bare.named_parameters() if "lora_" not in n
+            )
+            found["adapted"] = sum(
+                p.numel() for n, p in bare.named_parameters() if ".base_layer.weight" in n
+            )
+            found["runs"] = {
+                name: _parts(model, stack, engine.tokenizer, prompts, files, rounds)
+                for name, prompts in PROMPTS.items()
+            }
+    return found
+
+
+def _parts(
+    model: Any,
+    stack: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    files: Sequence[Path],
+    rounds: int,
+) -> dict[str, Any]:
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="lora-stack-") as scratch:
-        stack = _write(Path(scratch), shape, ranks)
-        files = list(Path(scratch).rglob("*.safetensors"))
-        sizes = [file.stat().st_size for file in files]
-        with harness.load_engine(stack, device="cpu") as engine, engine.mode("stacked") as model:
-            encoded = engine.tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
+    from harness.certificate.capture import batched, probe_ids
 
-            def forward() -> None:
-                with torch.no_grad():
-                    model(**encoded, use_cache=False)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = probe_ids(tokenizer, prompts, vocabulary)
+    ids, mask = batched(rows)
 
-            def read() -> int:
-                return sum(len(chunk) for file in files for chunk in _chunks(file))
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
 
-            def certify(whole: bool) -> Any:
-                return harness.certify_stack(
-                    model, stack, tokenizer=engine.tokenizer, prompts=PROMPTS, end_to_end=whole
-                )
+    def certify(whole: bool) -> Any:
+        return harness.certify_stack(
+            model, stack, tokenizer=tokenizer, prompts=prompts, end_to_end=whole
+        )
 
-            parts: dict[str, Callable[[], Any]] = {
-                "forward": forward,
-                "read": read,
-                "without_end_to_end": lambda: certify(False),
-                "whole": lambda: certify(True),
-            }
-            forward()  # first touch of the mapped weights
-            seconds: dict[str, list[float]] = {part: [] for part in parts}
-            peaks = dict.fromkeys(parts, 0)
-            verdicts: set[str] = set()
-            for _ in range(rounds):  # interleaved, so that a busy machine slows all alike
-                for part, call in parts.items():
-                    took, peak, result = _timed(call)
-                    seconds[part].append(took)
-                    peaks[part] = max(peaks[part], peak)
-                    if hasattr(result, "verdict"):
-                        verdicts.add(result.verdict.value)
+    parts: dict[str, Callable[[], Any]] = {
+        "one forward pass": forward,
+        "one read of the files (cached)": lambda: _read(files),
+        "certificate without end to end": lambda: certify(False),
+        "whole certificate": lambda: certify(True),
+    }
+    forward()  # first touch of the mapped weights
+    wall: dict[str, list[float]] = {part: [] for part in parts}
+    cpu: dict[str, list[float]] = {part: [] for part in parts}
+    peaks = dict.fromkeys(parts, 0)
+    verdicts: set[str] = set()
+    for _ in range(rounds):  # interleaved, so that a busy machine slows all alike
+        for part, call in parts.items():
+            spent = time.process_time()
+            took, peak, result = _timed(call)
+            wall[part].append(took)
+            cpu[part].append(time.process_time() - spent)
+            peaks[part] = max(peaks[part], peak)
+            if hasattr(result, "verdict"):
+                verdicts.add(result.verdict.value)
     return {
-        "shape": shape,
-        "files_bytes": sum(sizes),
-        "tokens": int(encoded["attention_mask"].sum()),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-        "median_seconds": {part: round(statistics.median(s), 3) for part, s in seconds.items()},
-        "peak_bytes_beyond_the_model": peaks,
+        "tokens": sum(map(len, rows)),
+        "wall": {part: statistics.median(s) for part, s in wall.items()},
+        "cpu": {part: statistics.median(s) for part, s in cpu.items()},
+        "peaks": peaks,
         "verdicts": sorted(verdicts),
     }
 
 
-def _chunks(file: Path) -> Any:
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            yield chunk
-
-
 def main() -> None:
+    """Measure, print."""
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5b")
-    print(json.dumps(measure(parser.parse_args().shape), indent=2))
+    parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["0.1b", "0.5b"])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    sizes: dict[str, Mapping[str, int]] = {}
+    for shape in arguments.shapes:
+        found = measure(shape, rounds=arguments.rounds)
+        sizes[shape] = {name: found[name] for name in ("parameters", "adapted")}
+        print(
+            f"{shape}: {found['parameters']:,} parameters, {found['bytes']:,} bytes of files, "
+            f"{found['seconds from the disk']:.2f} s to read them from the disk; "
+            f"{torch.get_num_threads()} threads",
+            flush=True,
+        )
+        for name, run in found["runs"].items():
+            print(f"  {name}, {run['tokens']} tokens: {', '.join(run['verdicts'])}")
+            for part, seconds in run["wall"].items():
+                print(
+                    f"    {part:<34}{seconds:>7.2f} s {run['cpu'][part]:>7.2f} s of processor "
+                    f"time {run['peaks'][part] / 1e6:>6.0f} MB",
+                    flush=True,
+                )
+    tokens = {"2 short prompts": 59, "8 prompts": 384}
+    for shape, size in (*sizes.items(), ("qwen3-8b", QWEN3_8B)):
+        for name, count in tokens.items():
+            parts = arithmetic(**size, tokens=count)
+            words = [f"{parts.pop('bytes of the files') / 1e9:.2f} GB of files"]
+            words += [f"{part} {operations / 1e9:,.0f}" for part, operations in parts.items()]
+            print(f"{shape}, {name}, 10⁹ operations: " + "; ".join(words))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def certify_stack(
         prompts: real prompts to probe with; texts, or `Prompt`s.
         generation: what will be passed to `generate`: a dict of arguments, a `GenerationConfig`,
             or declared `GenerationSettings`.
-        end_to_end: whether to run the whole model with the files' adapters in their place (two
-            more short forward passes).
+        end_to_end: whether to run the whole model with the files' adapters in their place (one
+            more short forward pass).
 
     Raises:
         InputError: files that cannot be read or are not additive; a quantised base; no model.

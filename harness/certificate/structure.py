@@ -19,7 +19,8 @@ from harness.certificate.capture import Capture, batched, forward
 from harness.certificate.claim import Claim, same_bits
 from harness.certificate.values import failed, held, listed
 from harness.certificate.weights import compare_tensor
-from harness.engines.inspection import LiveModel, scalars, skeleton
+from harness.engines.described import scalars, skeleton
+from harness.engines.inspection import LiveModel
 from harness.errors import InputError
 from harness.verdict import Outcome, Verdict
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.certificate.values import failed, held, listed
 from harness.completion import Prompt
-from harness.engines.inspection import fresh_tokenizer
+from harness.engines.described import fresh_tokenizer
 from harness.errors import InputError
 from harness.verdict import Outcome, Verdict
 

@@ -2,8 +2,7 @@
 
 Takes any live model: PEFT-wrapped, adapters loaded by transformers itself, or plain. Nothing is
 switched, nothing is trusted: a LoRA layer is known by what it has (`base_layer`, `lora_A`,
-`scaling`), not by its class. `skeleton` builds what `config.json` describes, without weights, so
-that the live architecture can be held against it. Knows nothing of files, stacks or verdicts.
+`scaling`), not by its class. Knows nothing of files, stacks or verdicts.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from harness.errors import InputError
@@ -25,15 +22,14 @@ __all__ = [
     "LiveLayer",
     "LiveModel",
     "bare_model",
-    "fresh_tokenizer",
     "read_live",
-    "scalars",
-    "skeleton",
 ]
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
 _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
+# PEFT's variants that compute s·B·A all the same: MiCA only keeps B from being trained.
+_PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "EetqLinear",
               "AqlmQuantizedLinear", "QuantizedLinear", "FP8Linear")  # fmt: skip
 
@@ -317,7 +313,7 @@ def _live_adapter(module: Any, name: str, a: Tensor, b: Tensor) -> LiveAdapter:
     extra = None
     variant = getattr(module, "lora_variant", {}).get(name)
     bias = getattr(module.lora_B[name], "bias", None) if name in module.lora_B else None
-    if variant is not None:
+    if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         extra = type(variant).__name__
     elif isinstance(bias, Tensor):
         extra = "a bias beside B (lora_bias)"
@@ -354,58 +350,3 @@ def _patches(module: nn.Module) -> Iterator[str]:
                 yield f"{kind} {getattr(hook, '__qualname__', type(hook).__name__)} from {origin}"
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         yield "its forward method is replaced"
-
-
-def skeleton(base: Path, *, like: Any) -> nn.Module:
-    """What `config.json` in *base* describes, on the meta device: structure without weights.
-
-    Args:
-        like: the live transformers model, whose class is built and whose attention
-            implementation is used.
-
-    Raises:
-        InputError: transformers cannot build it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True)
-        wanted = getattr(like.config, "_attn_implementation", None)
-        if wanted is not None:
-            config._attn_implementation = wanted
-        with torch.device("meta"):
-            built: nn.Module = type(like)(config)
-    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
-        raise InputError(f"cannot be built: {error}", where=base / "config.json") from error
-    return built.eval()
-
-
-def scalars(module: nn.Module) -> dict[str, Any]:
-    """The plain values that a module keeps beside its tensors (eps, scaling, head counts, …)."""
-    kept = {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and name not in ("training", "gradient_checkpointing", "name_or_path", "is_loaded_in_4bit")
-        and isinstance(value, bool | int | float | str | type(None))
-    }
-    for name in ("act_fn", "activation_fn", "act"):
-        value = getattr(module, name, None)
-        if value is not None and name not in kept:
-            kept[name] = getattr(value, "__name__", type(value).__name__)
-    return kept
-
-
-def fresh_tokenizer(base: Path) -> Any:
-    """The tokenizer that the base's folder holds, untouched by anybody.
-
-    Raises:
-        InputError: the folder holds none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"holds no tokenizer that loads: {line}", where=base) from error

@@ -109,7 +109,9 @@ def quiet_tools() -> Iterator[None]:
 def _as_input_error(where: Path, remedy: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+    except HarnessError:
+        raise
+    except Exception as error:  # what the libraries raise for a strange file is their affair
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(
             f"cannot be loaded: {lines[0] if lines else type(error).__name__}",

@@ -7,9 +7,11 @@ nothing of what the figures mean.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +66,10 @@ def _usual(setting: Setting) -> Lengths:
 
 def _nvidia_driver() -> bool:
     """Whether this machine has an NVIDIA driver; torch is not imported to collect tests."""
-    from pathlib import Path
-
     if "torch" in sys.modules:
         return bool(sys.modules["torch"].cuda.is_available())
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+    places = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
+    return any(Path(place).exists() for place in places) or bool(shutil.which("nvidia-smi"))
 
 
 def skip_without_meaning(item: pytest.Item) -> None:

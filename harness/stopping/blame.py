@@ -216,7 +216,7 @@ def _last_logits(engine: PeftEngine, model: Any, rows: Sequence[Sequence[int]]) 
             ids[number, width - len(row) :] = torch.tensor(row)
             mask[number, width - len(row) :] = 1
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.inference_mode():
+        with torch.inference_mode(), engine.threads():
             output = model(
                 input_ids=ids.to(engine.device),
                 attention_mask=mask.to(engine.device),

@@ -398,7 +398,7 @@ class _Case:
 def _with_dataset(
     report: StoppingReport, case: _Case, dataset: Path, labels: str
 ) -> StoppingReport:
-    from harness.engines.inspection import fresh_tokenizer
+    from harness.engines.described import fresh_tokenizer
     from harness.stopping.training_data import check_training_data
 
     if case.stack is None:

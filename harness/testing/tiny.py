@@ -191,7 +191,8 @@ def tiny_adapter(folder: Path, base: Path, spec: AdapterSpec | None = None, *, s
         wrapped = get_peft_model(model, config)
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
-                if "lora_B" in name or "lora_embedding_" in name:
+                drawn = "lora_B" in name or "lora_embedding_" in name
+                if drawn or ("lora_" in name and not bool(parameter.any())):
                     parameter.normal_(std=spec.size)
                 if "lora_" in name:
                     parameter.data = parameter.data.to(spec.dtype)

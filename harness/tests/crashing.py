@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError, InputError
-from harness.snapshot_files import SIDECAR_SUFFIX, evidence_of, read_pair, sidecar_of
+from harness.errors import HarnessError
 from harness.tests.faults import fail_at, interposed, kill_at
 
 __all__ = ["WITHOUT_A_STACK", "WRITERS", "fail_everywhere", "kill_everywhere"]
@@ -35,11 +34,13 @@ class Writer:
     Attributes:
         before: lays the old state down (`old` is False for writers of new things only).
         write: what is killed; writes into the folder that it is given.
+        look: the visible results in a folder by name; `_contents` if None.
         gap: there may be no result for a moment, until the next writer puts the old one back.
     """
 
     write: Callable[[Path], object]
     before: Callable[[Path], object] | None = None
+    look: Callable[[Path], dict[str, str]] | None = None
     gap: bool = False
 
 
@@ -84,34 +85,24 @@ def _flatten(tiny: Any, folder: Path, weights: list[float]) -> None:
     flatten_adapters(tiny.adapters, folder / "out", weights=weights, force=True)
 
 
-def _evidence(*ids: int) -> Any:
-    import numpy as np
-
-    from harness.evidence import Evidence
-
-    logprobs = np.full((len(ids), 1), -0.5)
-    return Evidence(logprobs=logprobs[:, 0], top_ids=np.array(ids)[:, None], top_logprobs=logprobs)
-
-
 def _snapshots(tiny: Any, folder: Path, token: int) -> None:
-    from harness.completion import Prompt
-    from harness.snapshot import snapshot_extension, snapshot_of
-    from harness.tests.values import completion
+    from harness.tests.many_writers import accept
 
-    extension = snapshot_extension(
-        folder / "snapshots", lambda c: snapshot_of(c, {}), lambda *_: ()
-    )
     for number in range(3):
-        said = completion(
-            Prompt(id=f"p-{number}", text="x"),
-            token_ids=(token, number),
-            text=str(token),
-            evidence=_evidence(token, number),
-        )
-        extension.write_snapshot(
-            snapshot_location=str(folder / "snapshots" / "test_x" / f"{number}.toml"),
-            snapshots=[(extension().serialize(said), None, None)],
-        )
+        accept(folder, number, token)
+
+
+def _accepted(folder: Path) -> dict[str, str]:
+    """A snapshot is two files; what a reader makes of them is one result."""
+    from harness.tests.many_writers import accepted
+
+    found = {}
+    for path in sorted(folder.rglob("*.toml")):
+        try:
+            found[path.stem] = str(accepted(folder, int(path.stem[2:])))
+        except Exception as error:
+            found[path.stem] = f"partial: {error}"
+    return found
 
 
 def _report(tiny: Any, folder: Path) -> None:
@@ -141,7 +132,9 @@ def writers(tiny: Any) -> Mapping[str, Writer]:
         ),
         "run report": Writer(write=lambda f: _report(tiny, f)),
         "snapshots": Writer(
-            write=lambda f: _snapshots(tiny, f, 2), before=lambda f: _snapshots(tiny, f, 1)
+            write=lambda f: _snapshots(tiny, f, 2),
+            before=lambda f: _snapshots(tiny, f, 1),
+            look=_accepted,
         ),
     }
 
@@ -153,29 +146,16 @@ WRITERS = (*WITHOUT_A_STACK, "snapshots", "run report", "flatten", "merge")
 
 def _contents(folder: Path) -> dict[str, str]:
     """The visible results in *folder* by name: a file's digest, a folder's as a whole (a folder of
-    snapshots or the like is not one result, its files are; a snapshot's two files are one)."""
+    snapshots or the like is not one result, its files are)."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not path.is_file() or any(part.startswith((".staging-", ".replaced-"))
                                      for part in name.parts):  # fmt: skip
             continue
-        if path.suffix == SIDECAR_SUFFIX:
-            continue  # read with its text; alone it is nothing
         whole = "out" if name.parts[0] == "out" else str(name)
-        found.setdefault(whole, hashlib.sha256()).update(
-            str(name).encode() + path.read_bytes() + _evidence_beside(path)
-        )
+        found.setdefault(whole, hashlib.sha256()).update(str(name).encode() + path.read_bytes())
     return {name: digest.hexdigest() for name, digest in found.items()}
-
-
-def _evidence_beside(path: Path) -> bytes:
-    if path.suffix != ".toml" or not sidecar_of(path).exists():
-        return b""
-    try:
-        return evidence_of(read_pair(path), where=path)
-    except InputError as error:
-        return str(error).encode()
 
 
 def _litter(folder: Path) -> list[Path]:
@@ -198,7 +178,7 @@ def _laid(writer: Writer, folder: Path) -> dict[str, str]:
     folder.mkdir()
     if writer.before is not None:
         writer.before(folder)
-    return _contents(folder)
+    return (writer.look or _contents)(folder)
 
 
 def _as_before_or_after(
@@ -210,9 +190,10 @@ def _as_before_or_after(
 
 def kill_everywhere(writer: Writer, folder: Path, inputs: Path) -> dict[str, int]:
     """Kill a child at call 1, 2, 3 … until one gets to its end; counts what was found after."""
+    look = writer.look or _contents
     _laid(writer, folder)
     writer.write(folder)
-    after = _contents(folder)
+    after = look(folder)
     held = _contents(inputs)
     seen = {"kills": 0, "before": 0, "after": 0, "partial": 0, "litter": 0, "inputs changed": 0}
     for number in range(1, 10_000):
@@ -229,16 +210,16 @@ def kill_everywhere(writer: Writer, folder: Path, inputs: Path) -> dict[str, int
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0, "the child failed by itself"
-            assert _contents(folder) == after
+            assert look(folder) == after
             return seen
         assert os.WTERMSIG(status) == signal.SIGKILL
-        found = _contents(folder)
+        found = look(folder)
         seen["kills"] += 1
         missing = writer.gap and not found
         if not missing:
             seen["partial"] += not _as_before_or_after(found, before, after)
         _sweep(folder)
-        found = _contents(folder)
+        found = look(folder)
         seen["partial"] += not _as_before_or_after(found, before, after)
         seen["before"] += found == before
         seen["after"] += found == after
@@ -249,9 +230,10 @@ def kill_everywhere(writer: Writer, folder: Path, inputs: Path) -> dict[str, int
 
 def fail_everywhere(writer: Writer, folder: Path, inputs: Path, code: int) -> dict[str, Any]:
     """Let the 1st, 2nd, 3rd … making call fail with *code* until none is left to fail."""
+    look = writer.look or _contents
     _laid(writer, folder)
     writer.write(folder)
-    after = _contents(folder)
+    after = look(folder)
     held = _contents(inputs)
     seen: dict[str, Any] = {
         "faults": 0, "clear errors": 0, "absorbed": 0, "partial": 0, "litter": 0,
@@ -271,12 +253,12 @@ def fail_everywhere(writer: Writer, folder: Path, inputs: Path, code: int) -> di
         except Exception as error:
             seen["other errors"].append(f"{failed}: {type(error).__name__}: {error}")
         else:
-            assert _contents(folder) == after
+            assert look(folder) == after
             if not failed:
                 return seen
             seen["absorbed"] += 1  # another way to the same end was taken, and it got there
         seen["faults"] += 1
-        seen["partial"] += not _as_before_or_after(_contents(folder), before, after)
+        seen["partial"] += not _as_before_or_after(look(folder), before, after)
         seen["litter"] += len(_litter(folder))
         seen["inputs changed"] += _contents(inputs) != held
     raise AssertionError("no call got to its end")

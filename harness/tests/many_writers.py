@@ -17,58 +17,46 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from harness.completion import Prompt
-from harness.evidence import Evidence
-from harness.snapshot import read_stored, snapshot_extension, snapshot_of
+from harness.snapshot import read_snapshot, snapshot_of, write_form
+from harness.snapshot_files import evidence_of, read_pair, write_pair
 from harness.staging import write_text
 from harness.tests.values import completion
 
 _TOKENS = 400
 
 
-def _evidence(value: int) -> Evidence:
-    ids = np.tile([value, value + 1], (_TOKENS, 1))
-    logprobs = np.tile(np.log([0.6, 0.3]), (_TOKENS, 1))
-    return Evidence(logprobs=logprobs[:, 0].copy(), top_ids=ids, top_logprobs=logprobs)
-
-
 def accept(folder: Path, number: int, value: int) -> None:
-    """Accept a completion as the suites' `--snapshot-update` does; every token is *value*."""
-    extension = snapshot_extension(folder, lambda c: snapshot_of(c, {}), lambda *_: ())
+    """Accept a completion as the suites' `--snapshot-update` does; every token is *value*, and so
+    is the evidence beside it."""
     said = completion(
-        Prompt(id=f"p-{number}", text="x"),
-        token_ids=(value,) * _TOKENS,
-        text=f"{value} " * _TOKENS,
-        evidence=_evidence(value),
+        Prompt(id=f"p-{number}", text="x"), token_ids=(value,) * _TOKENS, text=f"{value} " * _TOKENS
     )
-    location = str(folder / "test_x" / f"p-{number}.toml")
-    extension.write_snapshot(
-        snapshot_location=location, snapshots=[(extension().serialize(said), None, None)]
-    )
+    text = write_form(snapshot_of(said, {})).encode("utf-8")
+    write_pair(folder / "test_x" / f"p-{number}.toml", text, _evidence(value))
+
+
+def _evidence(value: int) -> bytes:
+    return value.to_bytes(4, "little") * _TOKENS
 
 
 def accepted(folder: Path, number: int) -> int | None:
     """The value of snapshot *number*; None if it is not there.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or its evidence is another's.
         AssertionError: it is a mixture of two.
     """
-    form = read_stored(folder / "test_x" / f"p-{number}.toml")
-    if form is None:
+    path = folder / "test_x" / f"p-{number}.toml"
+    pair = read_pair(path)
+    if pair.text is None:
         return None
-    if form.fault is not None:
-        raise form.fault
-    found = form.snapshot
-    assert found is not None
-    assert found.evidence is not None
+    found = read_snapshot(pair.text.decode("utf-8"), where=path)
     assert len(set(found.token_ids)) == 1
     assert len(found.token_ids) == _TOKENS
     value = found.token_ids[0]
     assert found.text == f"{value} " * _TOKENS
-    assert set(found.evidence.top_ids[:, 1]) == {value + 1}
+    assert evidence_of(pair, where=path) == _evidence(value)
     return value
 
 

@@ -58,11 +58,11 @@ def test_200_kills_leave_the_old_or_the_new(tmp_path, what):
 @pytest.mark.slow
 def test_8_processes_on_one_checkout_do_not_meet(tmp_path, tiny):
     # Four runs and four test sessions, in one folder, at the same moment.
-    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    (tmp_path / "p.txt").write_text("Tell me of rain.\nWhat is tea?\nGo on:\n")
     (tmp_path / "test_it.py").write_text("def test_it(lora_completion): assert lora_completion\n")
     stack = [
         f"--base-model={tiny.base}", f"--style-adapter={tiny.adapters['style']}",
-        f"--instruct-adapter={tiny.adapters['instruct']}", "--prompts=p.txt", "--max-new-tokens=2",
+        f"--instruct-adapter={tiny.adapters['instruct']}", "--prompts=p.txt", "--max-new-tokens=12",
     ]  # fmt: skip
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",

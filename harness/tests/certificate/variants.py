@@ -31,6 +31,8 @@ ADDITIVE: dict[str, dict[str, Any]] = {
     "exclude_modules": {"targets": "all-linear", "options": {"exclude_modules": ["k_proj"]}},
     "init_lora_weights: gaussian": {"options": {"init_lora_weights": "gaussian"}},
     "init_lora_weights: orthogonal": {"options": {"init_lora_weights": "orthogonal"}},
+    "init_lora_weights: mica": {"options": {"init_lora_weights": "mica"}},
+    "init_lora_weights: eva": {"options": {"init_lora_weights": "eva"}},
     "lora_dropout": {"options": {"lora_dropout": 0.1}},
     "attention of a mixture of experts": {"family": "qwen3_moe", "targets": ("q_proj", "o_proj")},
 }  # fmt: skip
@@ -59,6 +61,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "QALoRA": ({"use_qalora": True}, "pools its input"),
     "BD-LoRA": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "block-diagonal"),
     "Arrow": ({"arrow_config": {"top_k": 2}}, "routes between adapters"),
+    "VeLoRA": ({"velora_config": {"num_groups": 2}}, "changes the layer's computation"),
+    "MonteCLoRA": ({"monteclora_config": {"num_samples": 2}}, "samples its weights"),
+    "KaSA": ({"kasa_config": {"x": 1}}, "changes the base weights"),
     "Megatron": ({"megatron_config": {"x": 1}}, "code that the file names"),
     "types other than LoRA": ({"peft_type": "IA3"}, "is not LORA"),
 }  # fmt: skip

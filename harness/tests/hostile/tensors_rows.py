@@ -110,7 +110,7 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("unknown factor", WEIGHTS, "lora_C", _add(f"{_PREFIX}{Q0}.lora_C.weight")),
     ("a key of nonsense", WEIGHTS, "nonsense", _add("nonsense")),
     ("a key with an escape", WEIGHTS, r"\x1b[31m", _add("\x1b[31mred")),
-    ("a key with a line break", WEIGHTS, r"\n::error", _add("x\n::error file=a::b")),
+    ("a key with a line break", WEIGHTS, r"'x\n:", _add("x\n::error file=a::b")),
     ("a key with right-to-left", WEIGHTS, r"\u202e", _add("\u202egnp.exe")),
     ("a key of a megabyte", WEIGHTS, "characters)", _add("k" * 1_000_000)),
     ("lm_head overwritten", WEIGHTS, "lm_head.weight", _add(f"{_PREFIX}lm_head.weight", (259, 32))),

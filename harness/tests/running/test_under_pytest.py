@@ -78,22 +78,29 @@ def test_a_mode_without_memory_fails_its_tests_and_the_others_run(project):
         import pytest
 
         @pytest.fixture(scope="session")
-        def lora_engine():
+        def lora_completions(lora_preset):
+            import harness.replay
+            from harness.plugin import Completions
             from harness.tests.values import completion
 
-            class Engine:
-                calls = []
+            calls = []
 
-                def generate(self, prompts, mode, settings, *, application):
-                    self.calls.append(mode.name)
-                    assert self.calls.count(mode.name) == 1, "tried again for each prompt"
-                    if mode.name == "style":
-                        raise MemoryError
-                    if mode.name == "instruct":
-                        raise RuntimeError("CUDA error: an illegal memory access")
-                    return tuple(completion(prompt, mode=mode.name) for prompt in prompts)
+            def complete(engine, prompts, mode, settings, **named):
+                calls.append(mode.name)
+                assert calls.count(mode.name) == 1, "tried again for each prompt"
+                if mode.name == "style":
+                    raise MemoryError
+                if mode.name == "instruct":
+                    raise RuntimeError("CUDA error: an illegal memory access")
+                return tuple(
+                    harness.replay.Replayed(
+                        completion=completion(prompt, mode=mode.name), kept=0, generated=0
+                    )
+                    for prompt in prompts
+                )
 
-            return Engine()
+            harness.replay.complete = complete
+            return Completions(None, lora_preset)
 
         def test_says(lora_completion):
             assert lora_completion.text == "said"

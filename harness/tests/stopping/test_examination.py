@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from harness import stopping
 from harness.completion import GenerationSettings
 from harness.errors import InputError
 from harness.snapshot import snapshot_of
-from harness.stopping import examine_stopping
 from harness.verdict import Outcome
 
 STOPS = {"base": "never", "style": "never", "stacked": "always"}
@@ -20,7 +20,7 @@ def prompts(held_out):
 
 @pytest.fixture(scope="module")
 def report(embedded_engine, prompts, held_out):
-    return examine_stopping(
+    return stopping.examine_stopping(
         embedded_engine, prompts=prompts, settings=held_out.settings, stops=STOPS
     )
 
@@ -80,13 +80,13 @@ def test_snapshots_cost_no_generation(report, no_generation, embedded_engine, pr
                     {},
                 )
             )  # fmt: skip
-    bare = examine_stopping(snapshots, stack=no_generation.stack, stops=STOPS)
+    bare = stopping.examine_stopping(snapshots, stack=no_generation.stack, stops=STOPS)
     assert bare.generated == 0
     assert {m: f.stopped for m, f in bare.modes.items()} == {
         m: f.stopped for m, f in report.modes.items()
     }
     assert bare.findings
-    traced = examine_stopping(snapshots, engine=no_generation, stops=STOPS)
+    traced = stopping.examine_stopping(snapshots, engine=no_generation, stops=STOPS)
     assert traced.generated == 0
     assert traced.evidence["stacked"].tokens == sum(
         len(s.token_ids) for s in snapshots if s.mode == "stacked"
@@ -153,7 +153,7 @@ def test_log_odds_are_those_of_the_softmax():
 
 def test_samples_are_seeded_and_counted_a_prompt(embedded_engine, prompts, held_out):
     found = [
-        examine_stopping(
+        stopping.examine_stopping(
             embedded_engine, prompts=prompts[:2], modes=["stacked"], settings=held_out.settings,
             stops={"stacked": "always"}, samples=2, blame=False,
         ).sampled["stacked"]
@@ -198,6 +198,6 @@ def test_report_is_written_whole_and_inert(report, tmp_path):
 
 def test_engine_without_prompts_is_refused(embedded_engine):
     with pytest.raises(InputError, match="needs prompts"):
-        examine_stopping(embedded_engine)
+        stopping.examine_stopping(embedded_engine)
     with pytest.raises(InputError, match="neither an engine"):
-        examine_stopping([GenerationSettings()])
+        stopping.examine_stopping([GenerationSettings()])

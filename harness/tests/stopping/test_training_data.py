@@ -14,7 +14,7 @@ STOPS = {637, 639}
 
 @pytest.fixture
 def tokenizer():
-    from harness.engines.inspection import fresh_tokenizer
+    from harness.engines.described import fresh_tokenizer
 
     return fresh_tokenizer(embedded_folder() / "stages" / "base")
 
