@@ -10,9 +10,10 @@ first measurement. Knows nothing of snapshots' files or verdicts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def measure_floor(
     Args:
         dtype: where coarser than the engine's, what a pass in it moves is measured.
     """
-    from harness.engines.scoring import ScoreRow, in_precision, score
+    from harness.engines.scoring import ScoreRow, score
 
     dtype = dtype or engine.dtype
     # Spread over the lengths, so that a batch of them has padding.
@@ -188,17 +189,12 @@ def measure_floor(
     ways: list[str] = []
     if rows:
         reference = score(engine, rows, mode, application=application)
-        for way, evidence in _ways(engine, rows, mode, application):
-            ways.append(way)
-            found += _shifts(reference, evidence, rows)
-        for other in dict.fromkeys((_HIGHER.get(engine.dtype), dtype)):
-            if other is None or other == engine.dtype:
-                continue
-            # An architecture whose kernels lack the precision: the other ways must do.
-            with contextlib.suppress(RuntimeError, TypeError), in_precision(engine, other):
-                evidence = score(engine, rows, mode, application=application)
-                ways.append(other)
-                found += _shifts(reference, evidence, rows)
+        for way, measure in _ways(engine, rows, mode, application, dtype).items():
+            # A model that lacks one way (a precision without kernels, no cache, an adapted
+            # embedding that is not flattened in memory) is measured by the others.
+            with contextlib.suppress(RuntimeError, TypeError, ValueError, InputError):
+                found += _shifts(reference, measure(), rows)
+                ways.append(way)
     return NoiseFloor(
         dtype=dtype,
         device=engine.device,
@@ -212,15 +208,26 @@ def measure_floor(
 
 
 def _ways(
-    engine: PeftEngine, rows: Sequence[ScoreRow], mode: Mode, application: Application
-) -> Iterator[tuple[str, list[Evidence]]]:
-    from harness.engines.scoring import score, score_stepwise
+    engine: PeftEngine, rows: Sequence[ScoreRow], mode: Mode, application: Application, dtype: str
+) -> dict[str, Callable[[], list[Evidence]]]:
+    from harness.engines.scoring import in_precision, score, score_stepwise
 
-    yield "one by one", score(engine, rows, mode, application=application, batch_size=1)
-    yield "with a cache, padded left", score_stepwise(engine, rows, mode, application=application)
+    def precisely(other: str) -> list[Evidence]:
+        with in_precision(engine, other):
+            return score(engine, rows, mode, application=application)
+
+    ways: dict[str, Callable[[], list[Evidence]]] = {
+        "one by one": lambda: score(engine, rows, mode, application=application, batch_size=1),
+        "with a cache, padded left": lambda: score_stepwise(
+            engine, rows, mode, application=application
+        ),
+    }
     if application is Application.LIVE and len(mode.weights) > 1:
-        with contextlib.suppress(InputError):  # an adapted embedding is not flattened in memory
-            yield "flattened", score(engine, rows, mode, application=Application.FLATTENED)
+        ways["flattened"] = lambda: score(engine, rows, mode, application=Application.FLATTENED)
+    for other in (_HIGHER.get(engine.dtype), dtype):
+        if other is not None and other != engine.dtype:
+            ways[other] = functools.partial(precisely, other)
+    return ways
 
 
 def _shifts(

@@ -1,7 +1,7 @@
 """Checking snapshots by replay against generating anew, and against one process a mode.
 
     python -m harness.bench.replay_speed [--runs 3] [--prompts 4] [--new-tokens 128]
-        [--dtype bfloat16] [--one-by-one 1]
+        [--modes base style instruct stacked] [--dtype bfloat16] [--one-by-one 1]
 
 Builds a random Qwen3 in the shape of SmolLM2-135M (30 layers of 576, a vocabulary of 49,152) with
 two all-linear adapters of rank 16. Then, in turn and in one process: every mode and prompt
@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,41 @@ def build(folder: Path) -> tuple[Path, dict[str, Path]]:
     return stack.base, dict(stack.adapters)
 
 
-def _one_by_one(base: Path, adapters: dict[str, Path], prompts: Path, new_tokens: int) -> float:
-    start = time.perf_counter()
-    for mode in _MODES:
+@dataclass(kw_only=True)
+class _Times:
+    """Seconds of each run of one way: on the clock, and of processor time."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def run(self, work: Callable[[], None], name: str) -> None:
+        start, busy = time.perf_counter(), _processor()
+        work()
+        self.wall.append(time.perf_counter() - start)
+        self.cpu.append(_processor() - busy)
+        print(f"{name}: {self.wall[-1]:.2f} s, {self.cpu[-1]:.2f} s of CPU", flush=True)
+
+    def against(self, other: _Times) -> str:
+        """Medians, and how many times as long as *other* each run took."""
+        shown = [f"{statistics.median(self.wall):8.2f} s {statistics.median(self.cpu):8.2f} s CPU"]
+        for name in ("wall", "cpu"):
+            mine, others = getattr(self, name), getattr(other, name)
+            # A way that ran once is held against every run of the other.
+            pairs = zip(mine if len(mine) > 1 else mine * len(others), others, strict=True)
+            shown.append(f"× {statistics.median(a / b for a, b in pairs):.1f} ({name})")
+        return "  ".join(shown if self is not other else shown[:1])
+
+
+def _processor() -> float:
+    """Processor seconds of this process and of its children that ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _one_by_one(
+    base: Path, adapters: dict[str, Path], modes: Sequence[str], prompts: Path, new_tokens: int
+) -> None:
+    for mode in modes:
         names = {"base": [], "stacked": list(adapters)}.get(mode, [mode])
         subprocess.run(
             [
@@ -80,13 +114,6 @@ def _one_by_one(base: Path, adapters: dict[str, Path], prompts: Path, new_tokens
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-    return time.perf_counter() - start
-
-
-def _line(name: str, times: list[float], against: list[float]) -> str:
-    ratios = [other / own for own, other in zip(times, against, strict=False)]
-    shown = f"   × {statistics.median(ratios):.1f}" if ratios else ""
-    return f"  {name:36} {statistics.median(times):8.2f} s{shown}"
 
 
 def main() -> None:
@@ -94,6 +121,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--modes", nargs="+", choices=_MODES, default=list(_MODES))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--one-by-one", type=int, default=1, help="runs of the processes a mode")
     arguments = parser.parse_args()
@@ -106,7 +134,7 @@ def _measure(folder: Path, arguments: Any) -> None:
 
     from harness.completion import GenerationSettings, Prompt
     from harness.engines import load_engine
-    from harness.replay import replay_completions
+    from harness.replay import Replayed, replay_completions
     from harness.resolve import resolve_stack
 
     base, adapters = build(folder)
@@ -116,55 +144,46 @@ def _measure(folder: Path, arguments: Any) -> None:
     ]
     texts = folder / "prompts.json"
     texts.write_text(json.dumps([prompt.text for prompt in prompts]), encoding="utf-8")
-    settings = GenerationSettings(max_new_tokens=arguments.new_tokens)
+    modes, settings = arguments.modes, GenerationSettings(max_new_tokens=arguments.new_tokens)
     stack = resolve_stack(adapters=adapters, base_model=str(base))
-    anew: list[float] = []
-    replayed: list[float] = []
-    alone: list[float] = []
-    cpu: list[float] = []
+    anew, replayed, alone = _Times(), _Times(), _Times()
+    drafts: dict[str, list[tuple[int, ...]]] = {}
+    found: list[Replayed] = []
     with load_engine(stack, device="cpu", dtype=arguments.dtype) as engine:
-        drafts: dict[str, list[tuple[int, ...]]] = {}
-        warm = replace(settings, max_new_tokens=2)
-        for mode in _MODES:
-            found = engine.generate(prompts, mode, warm)
-            replay_completions(
-                engine, prompts, mode, warm, drafts=[completion.token_ids for completion in found]
-            )
-        kept = generated = 0
-        for number in range(arguments.runs):
-            start, busy = time.perf_counter(), time.process_time()
-            for mode in _MODES:
+
+        def generate(settings: GenerationSettings) -> None:
+            for mode in modes:
                 said = engine.generate(prompts, mode, settings)
                 drafts[mode] = [completion.token_ids for completion in said]
-            anew.append(time.perf_counter() - start)
-            start, between = time.perf_counter(), time.process_time()
-            for mode in _MODES:
-                for one in replay_completions(engine, prompts, mode, settings, drafts=drafts[mode]):
-                    kept += one.kept
-                    generated += one.generated
-            replayed.append(time.perf_counter() - start)
-            cpu.append((between - busy) / (time.process_time() - between))
-            print(
-                f"round {number + 1}: anew {anew[-1]:.1f} s, replay {replayed[-1]:.2f} s; "
-                f"of CPU time × {cpu[-1]:.1f}",
-                flush=True,
-            )
-    for number in range(arguments.one_by_one):
-        alone.append(_one_by_one(base, adapters, texts, arguments.new_tokens))
-        print(f"round {number + 1}: one process a mode {alone[-1]:.1f} s")
-    count = len(prompts) * len(_MODES)
+
+        def replay(settings: GenerationSettings) -> None:
+            for mode in modes:
+                found.extend(
+                    replay_completions(engine, prompts, mode, settings, drafts=drafts[mode])
+                )
+
+        warm = replace(settings, max_new_tokens=2)
+        generate(warm)
+        replay(warm)
+        found.clear()
+        for number in range(1, arguments.runs + 1):
+            anew.run(lambda: generate(settings), f"{number}: anew, same process, same batches")
+            replayed.run(lambda: replay(settings), f"{number}: replay")
+    for number in range(1, arguments.one_by_one + 1):
+        alone.run(
+            lambda: _one_by_one(base, adapters, modes, texts, arguments.new_tokens),
+            f"{number}: one process a mode, one by one",
+        )
     print(
-        f"{count} snapshots of {arguments.new_tokens} tokens, {arguments.dtype}, "
-        f"{torch.get_num_threads()} threads;\n"
-        f"{kept} tokens replayed, {generated} generated. Medians:"
+        f"{len(prompts)} prompts × {len(modes)} modes, {arguments.new_tokens} tokens each, "
+        f"{arguments.dtype}, {torch.get_num_threads()} threads; of the replayed tokens "
+        f"{sum(one.kept for one in found)} held and {sum(one.generated for one in found)} were "
+        "generated. Medians:"
     )
-    print(_line("replay", replayed, []))
-    print(_line("anew, same process, same batches", anew, []))
-    print(_line("  against replay", replayed, anew))
-    print(f"  {'  of CPU time':36} {'':11}   × {statistics.median(cpu):.1f}")
-    if alone:
-        print(_line("one process a mode, one by one", alone, []))
-        print(_line("  against replay", replayed[: len(alone)], alone))
+    print(f"  replay                            {replayed.against(replayed)}")
+    print(f"  anew, same process, same batches  {anew.against(replayed)}")
+    if alone.wall:
+        print(f"  one process a mode, one by one    {alone.against(replayed)}")
 
 
 if __name__ == "__main__":

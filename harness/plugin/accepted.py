@@ -118,6 +118,7 @@ class Judged:
     floor: NoiseFloor | None
     how: str
     written: bool = False  # the session has just accepted it
+    unrecorded: str | None = None  # why it does not lie in .pending/ for the review
 
     @property
     def verdict(self) -> Verdict:
@@ -361,7 +362,10 @@ class Accepted:
             found = None if recalled is None else recalled.fault or recalled.snapshot
             judged = self.compare(path, found, fresh.snapshot)
             judged = replace(judged, written=result.created or result.updated)
-            self.record(judged)
+            try:
+                self.record(judged)
+            except InputError as error:  # a read-only folder: the verdict stands all the same
+                judged = replace(judged, unrecorded=str(error))
             concluded.append(judged)
         return concluded
 

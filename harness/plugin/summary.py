@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["case_of", "outcome_of", "properties_of", "write_end", "write_summary"]
 
 
-_SHOWN = 10
+_SHOWN = 10  # orphans
+_TOLD = 3  # lines of a tie's or a drift's evidence; all of it is in the JUnit file
 
 
 def case_of(item: pytest.Item) -> dict[str, str]:
@@ -57,6 +58,8 @@ def properties_of(judged: Sequence[Judged]) -> list[tuple[str, str]]:
         found.append(("lora_replay", one.how))
         if one.floor is not None:
             found.append(("lora_noise_floor", str(one.floor)))
+        if one.unrecorded is not None:
+            found.append(("lora_unrecorded", shown(one.unrecorded)))
         if one.verdict.outcome in (Outcome.TIE, Outcome.DRIFT) and not one.written:
             lines = "\n".join(one.verdict.evidence)
             found.append(("lora_evidence", shown(f"{one.verdict.name}: {lines}")))
@@ -64,54 +67,73 @@ def properties_of(judged: Sequence[Judged]) -> list[tuple[str, str]]:
 
 
 def write_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table modes × verdicts, and the command to run next."""
-    counts: dict[str, Counter[str]] = {}
-    told: list[str] = []
-    ways: Counter[str] = Counter()
-    floors: set[str] = set()
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            properties = dict(getattr(report, "user_properties", ()))
-            if getattr(report, "when", None) == "call" and "lora_mode" in properties:
-                row = counts.setdefault(properties["lora_mode"], Counter())
-                row[properties["lora_verdict"]] += 1
-                ways.update([properties["lora_replay"]] if "lora_replay" in properties else ())
-                floors.update(
-                    [properties["lora_noise_floor"]] if "lora_noise_floor" in properties else ()
-                )
-                if report.passed and "lora_evidence" in properties:
-                    verdict = properties["lora_verdict"]
-                    told.append(f"{verdict}: {properties['lora_evidence']}")
+    """The table modes × verdicts, what passed and is worth knowing, and the command to run next."""
+    cases = [
+        (report, properties)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        and "lora_mode" in (properties := dict(getattr(report, "user_properties", ())))
+    ]
     orphans = config.stash.get(ORPHANS, [])
-    if not counts and not orphans:
+    if not cases and not orphans:
         return
-    outcomes = [o.value for o in Outcome if any(row[o.value] for row in counts.values())]
     terminalreporter.section("lora-stack: modes × verdicts")
+    outcomes = _write_table(terminalreporter, config, [found for _, found in cases])
+    lines = _measured([found for _, found in cases])
+    for report, found in cases:
+        if report.passed and "lora_evidence" in found:
+            lines += f"{found['lora_verdict']}: {found['lora_evidence']}".split("\n")[:_TOLD]
+    for line in [*lines, *_orphan_lines(orphans), *_next_commands(config, outcomes)]:
+        terminalreporter.line(line)
+
+
+def _write_table(
+    terminalreporter: Any, config: pytest.Config, cases: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """Writes it; the outcomes that occur, from harmless to bad."""
+    counts: dict[str, Counter[str]] = {}
+    for found in cases:
+        counts.setdefault(found["lora_mode"], Counter())[found["lora_verdict"]] += 1
+    if not counts:
+        return []
+    outcomes = [o.value for o in Outcome if any(row[o.value] for row in counts.values())]
     order = [m.name for m in config.stash[SETTING].stack.modes]
-    width = max((len(mode) for mode in counts), default=0)
+    width = max(len(mode) for mode in counts)
     terminalreporter.line(" " * width + "".join(f"{name:>14}" for name in outcomes))
     for mode in sorted(counts, key=lambda m: order.index(m) if m in order else len(order)):
         cells = "".join(f"{counts[mode][name] or '·':>14}" for name in outcomes)
         terminalreporter.line(f"{mode:<{width}}{cells}")
+    return outcomes
+
+
+def _measured(cases: Sequence[Mapping[str, str]]) -> list[str]:
+    """How the completions were come by, the noise floor, and what could not be recorded."""
+    lines = []
+    ways = Counter(found["lora_replay"] for found in cases if "lora_replay" in found)
     if ways:
-        terminalreporter.line(
+        lines.append(
             "completions: " + ", ".join(f"{count} {way}" for way, count in ways.most_common())
         )
+    floors = {found["lora_noise_floor"] for found in cases if "lora_noise_floor" in found}
     if floors:
         # One a mode; the highest stands for all. Each begins with its figure.
         highest = max(floors, key=lambda floor: float(floor.split()[0]))
-        terminalreporter.line(f"noise floor: at most {highest}")
-    for lines in told:
-        terminalreporter.line(lines.replace("\n", "\n  "))
-    if orphans:
-        terminalreporter.line(f"{len(orphans)} files of snapshots that no test asks for:")
-        for path in orphans[:_SHOWN]:
-            terminalreporter.line(f"  {shown(path)}")
-        if len(orphans) > _SHOWN:
-            terminalreporter.line(f"  and {len(orphans) - _SHOWN} more")
-        terminalreporter.line("  → git rm them, or bring their tests back")
-    for line in _next_commands(config, outcomes):
-        terminalreporter.line(line)
+        lines.append(f"noise floor: at most {highest}")
+    unrecorded = sorted({found["lora_unrecorded"] for found in cases if "lora_unrecorded" in found})
+    return [*lines, *(f"not left for review: {fault}" for fault in unrecorded)]
+
+
+def _orphan_lines(orphans: Sequence[str]) -> list[str]:
+    if not orphans:
+        return []
+    more = [f"  and {len(orphans) - _SHOWN} more"] if len(orphans) > _SHOWN else []
+    return [
+        f"{len(orphans)} files of snapshots that no test asks for:",
+        *(f"  {shown(path)}" for path in orphans[:_SHOWN]),
+        *more,
+        "  → git rm them, or bring their tests back",
+    ]
 
 
 def write_end(terminalreporter: Any, *, interrupted: bool) -> None:

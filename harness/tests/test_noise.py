@@ -168,6 +168,30 @@ def test_planted_changes_are_told_from_rounding_over_many_stacks(accepted, tmp_p
     assert harmless > 240
 
 
+@pytest.mark.slow
+def test_planted_changes_in_the_trained_stack_are_told_though_no_text_changes(tmp_path):
+    """Peaked distributions, as trained models have them: what moved is in the alternatives."""
+    from types import SimpleNamespace
+
+    from harness.engines import load_engine
+    from harness.preset import choose_preset
+    from harness.replay import with_evidence
+    from harness.resolve import StackOptions, stack_from_options
+
+    stack = stack_from_options(StackOptions())
+    preset = choose_preset(None, None, standing=stack.preset)
+    files = SimpleNamespace(base=stack.base.path, adapters={a.name: a.path for a in stack.adapters})
+    with load_engine(stack, device="cpu") as engine:
+        said = engine.generate(preset.prompts, "stacked", preset.settings)
+        said = with_evidence(engine, said, "stacked")
+    trained = {"base": files.base, "adapters": files.adapters}
+    for number, plant in enumerate((scaled, dropped, rounded)):
+        for verdict in verdicts(said, **(trained | plant(files, tmp_path / str(number)))):
+            assert verdict.outcome in (Outcome.DRIFT, Outcome.CHANGED), (plant, verdict)
+    for arguments in ({"rows_at_once": 1}, {"threads": 2}, {"dtype": "bfloat16"}):
+        assert all(verdict.passed for verdict in verdicts(said, **trained, **arguments))
+
+
 def test_floor_is_remembered_by_the_contents_it_was_measured_on(tiny_engine, monkeypatch, tmp_path):
     from harness import noise
     from harness.completion import GenerationSettings

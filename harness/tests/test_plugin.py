@@ -1,5 +1,6 @@
 """The plugin, through pytester: options, fixtures, verdict table, snapshots, xdist."""
 
+import shutil
 import subprocess
 import sys
 
@@ -125,6 +126,16 @@ def test_drift_fails_or_warns_as_asked(project, stack_arguments):
     project.makeini("[pytest]\nlora_drift = perhaps")
     wrong = project.runpytest_subprocess(*stack_arguments)
     wrong.stderr.fnmatch_lines(["*'perhaps' is neither fail nor warn*"])
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_verdict(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    project.runpytest_inprocess("--snapshot-update", *stack_arguments)
+    shutil.rmtree(project.path / ".pending")
+    (project.path / ".pending").write_text("in the way")
+    result = project.runpytest_inprocess(*stack_arguments)
+    result.assert_outcomes(passed=8)
+    result.stdout.fnmatch_lines(["not left for review: *"])
 
 
 def test_generating_anew_on_request_says_the_same(project, stack_arguments):
