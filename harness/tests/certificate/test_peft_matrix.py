@@ -43,8 +43,20 @@ def write(row: Row, folder: Path) -> Any:
     return base
 
 
+def _params() -> list[Any]:
+    """Every row; all but the first of each of PEFT's files and answers are slow together."""
+    seen: set[tuple[str, bool]] = set()
+    params = []
+    for row in ROWS:
+        kind = (row.source.partition("::")[0], row.refused is None)
+        marks = [pytest.mark.slow] if kind in seen else []
+        seen.add(kind)
+        params.append(pytest.param(row, id=row.id, marks=marks))
+    return params
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", _params())
 def test_every_lora_configuration_that_peft_tests_has_its_delta_or_its_reason(
     row: Row, tmp_path: Path
 ) -> None:
