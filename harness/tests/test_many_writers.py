@@ -45,8 +45,8 @@ def test_25_kills_leave_the_old_or_the_new(tmp_path, what):
 
 
 @pytest.mark.slow
-def test_8_processes_by_200_snapshots_by_20_rounds_lose_and_mix_none(tmp_path):
-    hold_together(tmp_path, 8, 200, 20)
+def test_8_processes_by_50_snapshots_by_4_rounds_lose_and_mix_none(tmp_path):
+    hold_together(tmp_path, 8, 50, 4)
 
 
 @pytest.mark.slow

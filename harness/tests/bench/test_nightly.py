@@ -85,9 +85,3 @@ def test_the_last_good_commit_is_that_of_the_newest_night_that_held(tmp_path):
 def test_equal_nights_raise_no_alarm(history):
     rates = simulate(read_noise(NOISE), shift=0.0, nights=60, history=history)
     assert rates.alarms == 0
-
-
-@pytest.mark.slow
-def test_a_tenth_more_is_found_in_twenty_rounds():
-    rates = simulate(read_noise(NOISE), shift=0.10, nights=20)
-    assert rates.found / rates.slowed >= 0.95
