@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from harness.bench.ceilings import Ceilings, better, measure_ceilings
-from harness.bench.cells import Cell, CellResult, Lengths, Round, Work, summarise
+from harness.bench.cells import Cell, CellResult, Lengths, Round, Work, fastest, summarise
 from harness.bench.clock import clock_for, synchronise
 from harness.bench.device import DeviceReader, peak_bytes, reset_peak
 from harness.bench.roofline import ModelArithmetic, arithmetic_of
@@ -38,9 +38,11 @@ __all__ = [
     "collected",
     "default_lengths",
     "default_repeats",
+    "groups_of",
     "interleaved",
     "measurable",
     "visit_all",
+    "visit_group",
 ]
 
 _ROOM = 1.1  # of the merged weights: what the copies' temporaries take
@@ -231,6 +233,43 @@ class Visit:
     state: Mapping[str, Any] | None
 
 
+def groups_of(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """The cells by what is entered for them, a mode in one application, in words."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(f"{cell.mode.name} {cell.application_name}", []).append(cell)
+    return groups
+
+
+def visit_group(
+    measurer: Measurer, cells: Sequence[Cell], *, repeats: int = 1, warming: bool = False
+) -> dict[str, Visit]:
+    """One round of every cell of one group (`groups_of`); nothing counts while *warming*.
+
+    A short generation after entering takes up what the change left cold, and does not count. Of
+    *repeats* generations the fastest is the round, by each metric: neighbours on a shared machine
+    only ever make slower.
+    """
+    visits: dict[str, Visit] = {}
+    with measurer.applied(cells[0].mode, cells[0].application) as (model, seconds):
+        for cell in cells:
+            one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+            if warming:
+                one.warm_up(whole=True)
+                continue
+            reset_peak(measurer.device)
+            one.warm_up(whole=False)
+            made = [one() for _ in range(repeats)]
+            visits[cell.key] = Visit(
+                round=fastest(made),
+                gaps_s=tuple(gap for round in made for gap in round.gaps_s),
+                switch_s=seconds,
+                peak_bytes=peak_bytes(measurer.device),
+                state=measurer.reader.read(),
+            )
+    return visits
+
+
 def visit_all(
     measurer: Measurer,
     cells: Sequence[Cell],
@@ -240,37 +279,14 @@ def visit_all(
     warming: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Visit]:
-    """One round of every cell, in an order drawn from *seed*; nothing counts while *warming*.
-
-    A mode is entered once for all its cells. A short generation after entering takes up what the
-    change left cold, and does not count. Of *repeats* generations the fastest is the round:
-    neighbours on a shared machine only ever make slower.
-    """
-    groups: dict[tuple[Mode, Application], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.mode, cell.application), []).append(cell)
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)
+    """One round of every cell, in an order drawn from *seed*, group by group (`visit_group`)."""
+    groups = list(groups_of(cells).values())
+    random.Random(seed).shuffle(groups)
     visits: dict[str, Visit] = {}
-    for place, key in enumerate(keys):
-        with measurer.applied(*key) as (model, seconds):
-            for cell in groups[key]:
-                one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-                if warming:
-                    one.warm_up(whole=True)
-                    continue
-                reset_peak(measurer.device)
-                one.warm_up(whole=False)
-                made = [one() for _ in range(repeats)]
-                visits[cell.key] = Visit(
-                    round=min(made, key=lambda round: round.e2e_s),
-                    gaps_s=tuple(gap for round in made for gap in round.gaps_s),
-                    switch_s=seconds,
-                    peak_bytes=peak_bytes(measurer.device),
-                    state=measurer.reader.read(),
-                )
+    for place, group in enumerate(groups):
+        visits |= visit_group(measurer, group, repeats=repeats, warming=warming)
         if progress is not None:
-            progress((place + 1) / len(keys))
+            progress((place + 1) / len(groups))
     return visits
 
 

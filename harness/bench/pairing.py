@@ -1,4 +1,4 @@
-"""Two commits or environments in turn: each in a process of its own, asked round by round.
+"""Two commits or environments in turn: each in a process of its own, asked group by group.
 
 A worker is any command that ends in `lora-stack bench --serve …`; it loads its stack, says what it
 will measure, then answers one line for each line it is sent. Only one works at a time. Knows
@@ -17,12 +17,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from harness.bench.cells import Cell
-from harness.bench.measuring import Measurer, Visit, collected, measurable, visit_all
+from harness.bench.measuring import (
+    Measurer,
+    Visit,
+    collected,
+    groups_of,
+    measurable,
+    visit_group,
+)
 from harness.bench.results import Results, as_benchmark_json, results_in
 from harness.bench.session import results_of
 from harness.errors import InputError
 
 __all__ = ["Worker", "answers_on", "in_turn", "serve"]
+
+_REMEDY = "see its message above; it must be a lora-stack with bench --serve"
 
 
 @contextlib.contextmanager
@@ -48,19 +57,29 @@ def serve(
     *,
     repeats: int = 1,
 ) -> None:
-    """Answer each line of *requests*: a number asks for a round with that seed, `end` for the
-    results of all rounds."""
+    """Say which groups of cells there are, then answer each line of *requests*: a group's name
+    asks for a round of its cells, `end` for the results of all rounds.
+
+    Raises:
+        InputError: no cell can be measured here, or a line names no group.
+    """
     possible, skipped = measurable(measurer, cells)
+    groups = groups_of(possible)
     visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
-    visit_all(measurer, possible, seed=0, warming=True)
-    _answer(answers, {"ready": [cell.key for cell in possible]})
+    for group in groups.values():
+        visit_group(measurer, group, warming=True)
+    _answer(answers, {"ready": list(groups)})
     for line in requests:
-        if line.strip() == "end":
+        name = line.strip()
+        if name == "end":
             break
-        found = visit_all(measurer, possible, seed=int(line), repeats=repeats)
-        for key, visit in found.items():
+        if name not in groups:
+            raise InputError(
+                f"was asked for {name!r}", where="bench --serve", remedy="ask for what it has"
+            )
+        for key, visit in visit_group(measurer, groups[name], repeats=repeats).items():
             visits[key].append(visit)
-        _answer(answers, {"done": int(line)})
+        _answer(answers, {"done": name})
     measurer.close_ceilings()
     made = [collected(measurer, cell, visits[cell.key]) for cell in possible]
     _answer(answers, as_benchmark_json(results_of(measurer, made, skipped, in_turn=True)))
@@ -115,9 +134,22 @@ class Worker:
             raise InputError(
                 "gave no answer" if not line else f"answered {line[:60]!r}",
                 where=f"the {self.name} side",
-                remedy="see its message above; it must be a lora-stack with bench --serve",
+                remedy=_REMEDY,
             )
         return found
+
+    def groups(self) -> list[str]:
+        """What it says first, once it is loaded and warm: the groups of cells that it can measure.
+
+        Raises:
+            InputError: it has ended, or says something else.
+        """
+        found = self.read().get("ready")
+        if not isinstance(found, list):
+            raise InputError(
+                "did not say what it measures", where=f"the {self.name} side", remedy=_REMEDY
+            )
+        return [str(name) for name in found]
 
     def ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -134,20 +166,29 @@ def in_turn(
     progress: Callable[[float], None] | None = None,
     seed: int = 0,
 ) -> list[Results]:
-    """*rounds* rounds of every worker, in an order drawn anew each round; their results in the
-    order of *workers*.
+    """*rounds* rounds of every worker; their results in the order of *workers*.
+
+    In a round the groups of cells come in an order drawn anew, and each group is measured by one
+    worker right after the other, so that the two times of a pair are moments apart. Who goes
+    first changes from round to round.
 
     Raises:
         InputError: a worker ended, or answered what cannot be read.
     """
+    groups: dict[str, list[Worker]] = {}
     for worker in workers:
-        worker.read()  # ready: loaded and warm
+        for name in worker.groups():  # ready: loaded and warm
+            groups.setdefault(name, []).append(worker)
     order = random.Random(seed)
+    firsts = {name: order.randrange(len(having)) for name, having in groups.items()}
     for number in range(rounds):
-        turn = list(workers)
-        order.shuffle(turn)
-        for worker in turn:
-            worker.ask(str(number + 1))
-        if progress is not None:
-            progress((number + 1) / rounds)
+        names = list(groups)
+        order.shuffle(names)
+        for place, name in enumerate(names):
+            having = groups[name]
+            first = (firsts[name] + number) % len(having)
+            for worker in having[first:] + having[:first]:
+                worker.ask(name)
+            if progress is not None:
+                progress((number + (place + 1) / len(names)) / rounds)
     return [results_in(worker.ask("end"), f"the {worker.name} side") for worker in workers]
