@@ -59,7 +59,7 @@ def main() -> None:
 
 def _times(results: Results) -> dict[str, dict[str, list[float]]]:
     return {
-        key: {metric: [float(f"{v:.4g}") for v in values] for metric, values in cell.rounds.items()}
+        key: {metric: [float(f"{v:.6g}") for v in values] for metric, values in cell.rounds.items()}
         for key, cell in results.cells.items()
     }
 
