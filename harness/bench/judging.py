@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from harness.bench.cells import METRICS
-from harness.bench.gate import Change, Thresholds, compare_history, compare_pairs, judge_changes
+from harness.bench.comparing import compare_history, compare_pairs
+from harness.bench.gate import Change, Thresholds, judge_changes
 from harness.bench.results import Results
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["as_verdicts", "judge_history", "judge_pair", "judge_presence", "unlike"]
+
+# What a night may be that others are held against: one that was compared with nothing is the first.
+_REFERENCE = (None, "held", "skipped", "incomparable")
 
 
 def unlike(old: Results, new: Results) -> list[str]:
@@ -72,7 +76,7 @@ def judge_history(
     if not comparable:
         lines = unlike(history[-1], new) if history else ["there is no older result"]
         return [_incomparable(lines)], []
-    reference = [night for night in comparable if night.verdict in (None, "held", "incomparable")]
+    reference = [night for night in comparable if night.verdict in _REFERENCE]
     reference = reference or comparable[:1]
     verdicts = judge_presence(reference[-1], new)
     shared = {key: cell for key, cell in new.cells.items() if not _named(verdicts, key)}

@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another commit's or environment's lora-stack; its rounds run in turn with ours",
     )  # fmt: skip
     add_option(
-        gate, "--launches", metavar="N", type=int, default=4,
-        help="of each side with --against-command; its rounds are spread over them (4)",
+        gate, "--launches", metavar="N", type=int, default=5,
+        help="of each side with --against-command; its rounds are spread over them (5)",
     )  # fmt: skip
     add_option(gate, "--results", metavar="FILE", help="judge and report these; measure nothing")
     add_option(
@@ -296,9 +296,9 @@ def _judged(
     if history:
         return judge_history(history, results, thresholds)
     measured = Verdict(
-        name="latency: measured",
-        outcome=Outcome.HELD,
-        evidence=(f"{len(results.cells)} cells; held against nothing: see --against",),
+        name="latency: compared",
+        outcome=Outcome.SKIPPED,
+        evidence=(f"{len(results.cells)} cells measured, compared with nothing: see --against",),
     )
     skipped = [
         Verdict(name=f"latency: {key}", outcome=Outcome.SKIPPED, evidence=(reason,))
