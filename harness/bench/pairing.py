@@ -1,4 +1,5 @@
-"""Two commits or environments in turn: each in a process of its own, asked group by group.
+"""Two commits or environments in turn: each in a process of its own, asked for one generation
+after the other.
 
 A worker is any command that ends in `lora-stack bench --serve …`; it loads its stack, says what it
 will measure, then answers one line for each line it is sent. Only one works at a time. Knows
@@ -18,9 +19,11 @@ from typing import Any, TextIO
 
 from harness.bench.cells import Cell
 from harness.bench.measuring import (
+    GroupVisit,
     Measurer,
     Visit,
     collected,
+    entered_group,
     groups_of,
     measurable,
     visit_group,
@@ -57,29 +60,39 @@ def serve(
     *,
     repeats: int = 1,
 ) -> None:
-    """Say which groups of cells there are, then answer each line of *requests*: a group's name
-    asks for a round of its cells, `end` for the results of all rounds.
+    """Say which groups of cells there are, then answer each line of *requests*: `enter GROUP`,
+    `time CELL` for one generation, `leave` for what the visit came to, `end` for all results.
 
     Raises:
-        InputError: no cell can be measured here, or a line names no group.
+        InputError: no cell can be measured here, or a line asks for something else.
     """
     possible, skipped = measurable(measurer, cells)
     groups = groups_of(possible)
     visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
     for group in groups.values():
         visit_group(measurer, group, warming=True)
-    _answer(answers, {"ready": list(groups)})
-    for line in requests:
-        name = line.strip()
-        if name == "end":
-            break
-        if name not in groups:
-            raise InputError(
-                f"was asked for {name!r}", where="bench --serve", remedy="ask for what it has"
-            )
-        for key, visit in visit_group(measurer, groups[name], repeats=repeats).items():
-            visits[key].append(visit)
-        _answer(answers, {"done": name})
+    ready = {name: [cell.key for cell in group] for name, group in groups.items()}
+    _answer(answers, {"ready": ready, "repeats": repeats})
+    with contextlib.ExitStack() as entered:
+        visit: GroupVisit | None = None
+        for line in requests:
+            word, _, name = line.strip().partition(" ")
+            if word == "end":
+                break
+            if word == "enter" and name in groups:
+                visit = entered.enter_context(entered_group(measurer, groups[name]))
+            elif word == "time" and visit is not None and name in visit.keys:
+                visit.once(name)
+            elif word == "leave" and visit is not None:
+                for key, seen in visit.seen().items():
+                    visits[key].append(seen)
+                visit = None
+                entered.close()
+            else:
+                raise InputError(
+                    f"was asked {line!r}", where="bench --serve", remedy="use the same version"
+                )
+            _answer(answers, {"done": word})
     measurer.close_ceilings()
     made = [collected(measurer, cell, visits[cell.key]) for cell in possible]
     _answer(answers, as_benchmark_json(results_of(measurer, made, skipped, in_turn=True)))
@@ -138,18 +151,20 @@ class Worker:
             )
         return found
 
-    def groups(self) -> list[str]:
-        """What it says first, once it is loaded and warm: the groups of cells that it can measure.
+    def ready(self) -> tuple[dict[str, list[str]], int]:
+        """What it says once it is loaded and warm: the groups of cells that it can measure, and
+        how many generations a round is to have.
 
         Raises:
             InputError: it has ended, or says something else.
         """
-        found = self.read().get("ready")
-        if not isinstance(found, list):
+        found = self.read()
+        groups, repeats = found.get("ready"), found.get("repeats")
+        if not isinstance(groups, dict) or not isinstance(repeats, int):
             raise InputError(
                 "did not say what it measures", where=f"the {self.name} side", remedy=_REMEDY
             )
-        return [str(name) for name in found]
+        return {str(name): [str(key) for key in keys] for name, keys in groups.items()}, repeats
 
     def ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -168,27 +183,38 @@ def in_turn(
 ) -> list[Results]:
     """*rounds* rounds of every worker; their results in the order of *workers*.
 
-    In a round the groups of cells come in an order drawn anew, and each group is measured by one
-    worker right after the other, so that the two times of a pair are moments apart. Who goes
-    first changes from round to round.
+    In a round the groups of cells come in an order drawn anew. All sides enter a group, then
+    generate in turn, one generation each, so that what slows the machine for a while slows all;
+    who goes first changes every time.
 
     Raises:
         InputError: a worker ended, or answered what cannot be read.
     """
-    groups: dict[str, list[Worker]] = {}
+    groups: dict[str, dict[str, list[Worker]]] = {}
+    repeats = 1
     for worker in workers:
-        for name in worker.groups():  # ready: loaded and warm
-            groups.setdefault(name, []).append(worker)
+        having, wanted = worker.ready()
+        repeats = max(repeats, wanted)
+        for name, keys in having.items():
+            for key in keys:
+                groups.setdefault(name, {}).setdefault(key, []).append(worker)
     order = random.Random(seed)
-    firsts = {name: order.randrange(len(having)) for name, having in groups.items()}
+    turn = 0
     for number in range(rounds):
         names = list(groups)
         order.shuffle(names)
         for place, name in enumerate(names):
-            having = groups[name]
-            first = (firsts[name] + number) % len(having)
-            for worker in having[first:] + having[:first]:
-                worker.ask(name)
+            sides = [w for w in workers if any(w in having for having in groups[name].values())]
+            for worker in sides:
+                worker.ask(f"enter {name}")
+            for _ in range(repeats):
+                turn += 1
+                for key, having in groups[name].items():
+                    first = turn % len(having)
+                    for worker in having[first:] + having[:first]:
+                        worker.ask(f"time {key}")
+            for worker in sides:
+                worker.ask("leave")
             if progress is not None:
                 progress((number + (place + 1) / len(names)) / rounds)
     return [results_in(worker.ask("end"), f"the {worker.name} side") for worker in workers]
