@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from harness.bench.cells import Cell
-from harness.bench.measuring import (
+from harness.bench.measuring import Measurer
+from harness.bench.results import Results, as_benchmark_json, results_in
+from harness.bench.session import results_of
+from harness.bench.visiting import (
     GroupVisit,
-    Measurer,
     Visit,
     collected,
     entered_group,
@@ -28,8 +30,6 @@ from harness.bench.measuring import (
     measurable,
     visit_group,
 )
-from harness.bench.results import Results, as_benchmark_json, results_in
-from harness.bench.session import results_of
 from harness.errors import InputError
 
 __all__ = ["Worker", "answers_on", "in_turn", "serve"]

@@ -199,8 +199,8 @@ def _stack(arguments: argparse.Namespace) -> AdapterStack:
 
 
 def _measured(arguments: argparse.Namespace) -> Results:
-    from harness.bench.measuring import interleaved
     from harness.bench.session import results_of
+    from harness.bench.visiting import interleaved
 
     out = errors() if arguments.json else console()
     stack = _stack(arguments)
