@@ -82,8 +82,8 @@ def compare_history(
     """Tonight against earlier *nights* (oldest first) of the same hardware.
 
     The old side is the rounds of all nights. The floor is that of one more night
-    (`noise_floor`), from the medians of the nights that have all its cells, and at least twice the
-    standard error of tonight's own rounds. With fewer than four nights what nights differ by is
+    (`noise_floor`), from the medians of the nights that have all its cells, and at least what
+    tonight's own rounds leave open. With fewer than four nights what nights differ by is
     not known, and a change must be at least 10 %.
     """
     import numpy as np
@@ -95,6 +95,7 @@ def compare_history(
             key: [night[key] for night in nights if key in night and night[key].rounds[metric]]
             for key in keys
         }
+        level = FAMILY / len(METRICS) / max(1, len(keys))
         known = [key for key in keys if len(old[key]) >= _FEW]
         whole = [n for n in nights if all(k in n and n[k].rounds[metric] for k in known)]
         floor = math.inf
@@ -111,15 +112,18 @@ def compare_history(
                     Samples(
                         key=key, metric=metric, paired=False, new=times,
                         old=tuple(value for cell in old[key] for value in cell.rounds[metric]),
-                        floor=max(nightly, _within_floor(times)),
+                        floor=max(nightly, _within_floor(times, level)),
                     )
                 )  # fmt: skip
     return table
 
 
-def _within_floor(rounds: Sequence[float]) -> float:
-    """Twice the standard error of this session's own rounds, as a log ratio."""
+def _within_floor(rounds: Sequence[float], level: float) -> float:
+    """What this session's own rounds leave open of their mean, as a log ratio (Student)."""
+    from scipy import stats
+
     if len(rounds) < 2:
         return math.inf
     logs = [math.log(value) for value in rounds]
-    return 2 * statistics.stdev(logs) / math.sqrt(len(logs))
+    quantile = float(stats.t.ppf(1 - level, len(logs) - 1))
+    return quantile * statistics.stdev(logs) / math.sqrt(len(logs))

@@ -1,11 +1,12 @@
 """Did it get slower? Two tables of times in, verdicts out.
 
 A figure fails only if everything says so: the bootstrap interval of the ratio excludes 1, a rank
-test does so after correction over the whole table (Holm 1979), the change is beyond the noise
-floor that this machine showed between equal things (A against A), and it is beyond a relative and
-an absolute threshold. What cannot be compared, is absent, or is too little to decide never passes.
-docs/latency.md has the definitions, and what a simulation of whole nights says about the rates.
-Knows nothing of files or of measuring.
+test agrees, the change is beyond the noise floor that this machine showed between equal things,
+which holds the rate of false alarms for the whole table (`harness.bench.noise_floor`), and it is
+beyond a relative and an absolute threshold. Against stored nights, which know less of each other
+than pairs do, the rank test is corrected over the table as well (Holm 1979). What cannot be
+compared, is absent, or is too little to decide never passes. docs/latency.md has the definitions,
+and what a simulation of whole nights says about the rates. Knows nothing of files or of measuring.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ class Change:
     better: bool
     why: tuple[str, ...]
 
+    @property
+    def p_judged(self) -> float:
+        """The p-value that decides: corrected over the table where rounds are not pairs."""
+        return self.p if self.samples.paired else self.p_adjusted
+
     def as_json(self) -> dict[str, Any]:
         return {
             "cell": self.samples.key,
@@ -131,17 +137,14 @@ def log_ratio_interval(
 
     first, second = np.log(np.asarray(old)), np.log(np.asarray(new))
 
-    def centre(values: Any, axis: int = -1) -> Any:
-        return stats.trim_mean(values, _TRIM, axis=axis)
-
     if paired:
         data: tuple[Any, ...] = (second - first,)
-        statistic: Any = centre
+        statistic: Any = _centre
     else:
         data = (first, second)
 
         def statistic(one: Any, two: Any, axis: int = -1) -> Any:
-            return centre(two, axis) - centre(one, axis)
+            return _centre(two, axis) - _centre(one, axis)
 
     middle = float(statistic(*data))
     # Equal values, or too few to resample, have no spread that a resample could show.
@@ -233,18 +236,18 @@ def judge_changes(
             and abs(math.expm1(middle)) > thresholds.relative
             and abs(new_s - old_s) > thresholds.seconds(samples.metric)
         )
-        sure = p_adjusted <= FAMILY
+        sure = (p if samples.paired else p_adjusted) <= FAMILY
         low = high = None
         if intervals or (large and sure):
             _, low, high = log_ratio_interval(samples.old, samples.new, paired=samples.paired)
         apart = low is not None and high is not None and not low <= 1 <= high
-        hopeless = len(table) * _least_p(samples) > FAMILY
+        hopeless = _least_p(samples) * (1 if samples.paired else len(table)) > FAMILY
         outcome, why = _outcome(samples, middle, thresholds, large=large, sure=sure, apart=apart)
         if hopeless:
             outcome = Outcome.UNDECIDED
             why = (
-                f"{len(samples.new)} rounds can decide nothing over a table of {len(table)} "
-                "figures: take more rounds",
+                f"{len(samples.new)} rounds can decide nothing in a table of {len(table)} figures: "
+                "take more rounds",
             )
         found.append(
             Change(
@@ -263,7 +266,7 @@ def _outcome(
         return Outcome.FAILED, ("slower, beyond noise and thresholds",)
     reasons = []
     if not sure:
-        reasons.append("the rank test, corrected over the table, does not say so")
+        reasons.append("the rank test does not say so")
     if abs(middle) <= samples.floor:
         reasons.append(f"within the noise floor of {math.expm1(samples.floor):.1%}")
     if abs(math.expm1(middle)) <= thresholds.relative:
@@ -273,10 +276,18 @@ def _outcome(
     return Outcome.HELD, tuple(reasons)
 
 
-def _middle(samples: Samples) -> float:
-    from scipy import stats
+def _centre(values: Any, axis: int = -1) -> Any:
+    """The 20 % trimmed mean along *axis* (`scipy.stats.trim_mean`, without its checks)."""
+    import numpy as np
 
+    ordered = np.sort(values, axis=axis)
+    count = ordered.shape[axis]
+    cut = int(_TRIM * count)
+    return np.take(ordered, range(cut, count - cut), axis=axis).mean(axis=axis)
+
+
+def _middle(samples: Samples) -> float:
     old, new = _logs(samples.old), _logs(samples.new)
     if samples.paired:
-        return float(stats.trim_mean(new - old, _TRIM))
-    return float(stats.trim_mean(new, _TRIM) - stats.trim_mean(old, _TRIM))
+        return float(_centre(new - old))
+    return float(_centre(new) - _centre(old))

@@ -1,6 +1,6 @@
 """Record how equal things differ: one command against itself, as two commands are compared.
 
-    python -m harness.bench.gate_noise FILE [--launches 16] [--rounds 6] [-- BENCH OPTIONS]
+    python -m harness.bench.gate_noise FILE [--launches 16] [--rounds 8] [-- BENCH OPTIONS]
 
 Each launch starts the command twice and has both measure every cell in turn, as `lora-stack bench
 --against-command` does. Writes the times of every launch, process, cell and round after each
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = ["--base-model", "random:fixtures/latency/config.json", "--device", "cpu",
             "--input-tokens", "8", "--output-tokens", "3", "--batch-sizes", "1,2,4",
-            "--repeats", "9"]  # fmt: skip
+            "--repeats", "5"]  # fmt: skip
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--launches", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("options", nargs="*", default=_DEFAULT)
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "harness.cli", "bench", "--serve", *arguments.options]
@@ -44,22 +44,22 @@ def main() -> None:
         launches.append([_times(results) for results in found])
         first = found[0]
         noise = {
-            "about": "seconds by launch, process, cell and metric, a number a round; the two "
-            "processes of a launch measured in turn",
+            "about": "microseconds by launch, process, cell and metric, a number a visit (the "
+            "fastest of its generations); the two processes of a launch were visited in turn",
             "measured": " ".join(arguments.options),
             "moment": first.moment,
             "fingerprint": dict(first.fingerprint),
             "software": dict(first.software),
             "launches": launches,
         }
-        write_text(arguments.file, json.dumps(noise) + "\n")
+        write_text(arguments.file, json.dumps(noise, separators=(",", ":")) + "\n")
         print(f"{arguments.file}: {launch + 1} launches × 2 processes × {len(first.cells)} cells × "
-              f"{arguments.rounds} rounds", flush=True)  # fmt: skip
+              f"{arguments.rounds} visits", flush=True)  # fmt: skip
 
 
 def _times(results: Results) -> dict[str, dict[str, list[float]]]:
     return {
-        key: {metric: [float(f"{v:.6g}") for v in values] for metric, values in cell.rounds.items()}
+        key: {metric: [round(v * 1e6, 1) for v in values] for metric, values in cell.rounds.items()}
         for key, cell in results.cells.items()
     }
 

@@ -3,11 +3,12 @@
     python -m harness.bench.gate_simulation [--nights 1000] [--noise fixtures/latency/noise.json]
 
 Pairs: a night is drawn from the recorded launches, in each of which two processes measured the
-same thing in turn (`harness.bench.gate_noise`): several launches without repeats, which of the two
-is the new side by lot, some consecutive rounds of each, the same in all cells, so that what one
-process has against another, what drifts, and what a neighbour's burst does to all cells at once
-stay in. History: earlier nights and this one, each a process of another launch, all its rounds.
-Then the new side is made slower, by a share, in every cell or in one.
+same thing in turn (`harness.bench.gate_noise`): ten launches without repeats, which of the two
+is the new side by lot, and all cells together, so that what one process has against another, what
+drifts, and what a neighbour's burst does to all cells at once stay in. Four recorded visits of
+five generations are a round, as with `--repeats 20`. History: earlier nights and this one, each a
+process of another launch, a recorded visit a round, as with `--repeats 5`. Then the new side is
+made slower, by a share, in every cell or in one.
 
 Prints the share of nights with a false alarm (with the 95 % upper bound of Clopper and Pearson)
 and the share of slowed figures that were found. The bound is for nights with this noise.
@@ -30,7 +31,8 @@ from harness.verdict import Outcome
 
 __all__ = ["LAUNCHES", "NOISE", "ROUNDS", "Rates", "read_noise", "simulate"]
 
-ROUNDS, LAUNCHES = 20, 5  # as `lora-stack bench --against-command` takes them
+ROUNDS, LAUNCHES = 20, 10  # as `lora-stack bench --against-command` takes them
+_VISITS = 4  # of five generations: a round with `--repeats 20`
 NOISE = Path(__file__).parents[2] / "fixtures" / "latency" / "noise.json"
 
 Process = Mapping[str, Mapping[str, Sequence[float]]]
@@ -61,9 +63,18 @@ class Rates:
 
 
 def read_noise(path: Path = NOISE) -> Noise:
-    """The recorded launches of *path*, the two processes of each."""
-    launches: Noise = json.loads(path.read_text(encoding="utf-8"))["launches"]
-    return launches
+    """The recorded launches of *path*, the two processes of each; seconds."""
+    launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
+    return [
+        [
+            {
+                key: {metric: [us * 1e-6 for us in times[metric]] for metric in METRICS}
+                for key, times in process.items()
+            }
+            for process in launch
+        ]
+        for launch in launches
+    ]
 
 
 def simulate(
@@ -88,13 +99,21 @@ def simulate(
     random = np.random.default_rng(seed)
     alarms = found = slowed = 0
     keys = list(noise[0][0])
+    recorded = _recorded(noise)
+    each, visits = (recorded, 1) if history else (rounds // launches, _VISITS)
+    sides = [[_side(process, each, visits) for process in launch] for launch in noise]
     for night in range(nights):
         targets = set(keys if everywhere else [keys[night % len(keys)]]) if shift else set()
+        count = history + 1 if history else launches
+        drawn = [
+            sides[int(launch)][:: 1 if random.integers(2) else -1]
+            for launch in random.choice(len(sides), size=count, replace=False)
+        ]
         if history:
-            *nights_before, tonight = _nights(noise, random, history + 1)
+            *nights_before, tonight = (launch[0] for launch in drawn)
             table = compare_history(nights_before, _slowed(tonight, targets, 1 + shift))
         else:
-            old, new = _launches(noise, random, rounds, launches)
+            old, new = zip(*drawn, strict=True)
             table = compare_pairs(old, [_slowed(side, targets, 1 + shift) for side in new])
         failed = {
             (change.samples.key, change.samples.metric)
@@ -107,37 +126,15 @@ def simulate(
     return Rates(nights=nights, alarms=alarms, found=found, slowed=slowed)
 
 
-def _launches(
-    noise: Noise, random: np.random.Generator, rounds: int, launches: int
-) -> tuple[list[Side], list[Side]]:
-    """Both sides, a launch a recorded one; rounds pair up within a launch."""
-    old: list[Side] = []
-    new: list[Side] = []
-    each = rounds // launches
-    for launch in random.choice(len(noise), size=launches, replace=False):
-        processes = noise[int(launch)]
-        first = int(random.integers(2))
-        start = int(random.integers(_recorded(processes[0]) - each + 1))
-        old.append(_side(processes[first], slice(start, start + each)))
-        new.append(_side(processes[1 - first], slice(start, start + each)))
-    return old, new
+def _recorded(noise: Noise) -> int:
+    return len(next(iter(noise[0][0].values()))[METRICS[0]])
 
 
-def _nights(noise: Noise, random: np.random.Generator, count: int) -> list[Side]:
-    """*count* nights, each a process of another launch, with all its rounds."""
-    return [
-        _side(noise[int(launch)][int(random.integers(2))], slice(None))
-        for launch in random.choice(len(noise), size=count, replace=False)
-    ]
-
-
-def _recorded(process: Process) -> int:
-    return len(next(iter(process.values()))[METRICS[0]])
-
-
-def _side(process: Process, rounds: slice) -> Side:
+def _side(process: Process, rounds: int, visits: int) -> Side:
+    """The first *rounds* rounds of a process, each the fastest of so many recorded visits."""
+    places = [slice(place, place + visits) for place in range(0, rounds * visits, visits)]
     return {
-        key: _cell(key, {metric: tuple(times[metric][rounds]) for metric in METRICS})
+        key: _cell(key, {m: tuple(min(times[m][place]) for place in places) for m in METRICS})
         for key, times in process.items()
     }
 
@@ -164,24 +161,26 @@ def main() -> None:
     parser.add_argument("--noise", type=Path, default=NOISE)
     arguments = parser.parse_args()
     noise = read_noise(arguments.noise)
-    cells, recorded = len(noise[0][0]), _recorded(noise[0][0])
-    print(f"{len(noise)} recorded launches × 2 processes × {cells} cells × {recorded} rounds")
+    cells, recorded = len(noise[0][0]), _recorded(noise)
+    print(f"{len(noise)} recorded launches × 2 processes × {cells} cells × {recorded} visits")
     print(_spread(noise))
     head = f"{'slower by':>10} {'where':>9} {'nights':>7} {'false alarms':>24} {'found':>8}"
     for history in (0, 2, 7):
         print(
             f"against {history} stored nights of {recorded} rounds"
             if history
-            else f"pairs in turn, {ROUNDS} rounds over {LAUNCHES} launches"
+            else f"pairs in turn, {ROUNDS} rounds of {_VISITS} visits over {LAUNCHES} launches"
         )
         print(head)
-        for shift in (0.0, 0.03, 0.05, 0.10):
+        for shift in (0.0, 0.03, 0.05, 0.10, *((0.50, 1.00) if history else ())):
             for everywhere in (True, False):
                 if shift == 0 and not everywhere:
                     continue
+                # A night with all cells slowed has 90 figures to find, one with one cell three.
+                part = 1 if shift == 0 else 20 if everywhere else 2
                 rates = simulate(
-                    noise, shift=shift, nights=arguments.nights, everywhere=everywhere,
-                    history=history, seed=history,
+                    noise, shift=shift, nights=max(1, arguments.nights // part),
+                    everywhere=everywhere, history=history, seed=history,
                 )  # fmt: skip
                 _print(rates, shift, everywhere=everywhere)
 
@@ -200,8 +199,11 @@ def _spread(noise: Noise) -> str:
     for metric in METRICS:
         logs = np.log([[[times[metric] for times in process.values()] for process in launch]
                        for launch in noise])  # fmt: skip  # launch, process, cell, round
-        pairs = logs[:, 1] - logs[:, 0]
-        low, high = np.percentile(pairs - pairs.mean(axis=2, keepdims=True), [25, 75])
+        logs = logs.reshape(*logs.shape[:3], -1, _VISITS)  # visits to rounds
+        pairs = logs[:, 1].min(axis=3) - logs[:, 0].min(axis=3)
+        rounds = pairs.shape[2]
+        left = (pairs - pairs.mean(axis=2, keepdims=True)) * (rounds / (rounds - 1)) ** 0.5
+        low, high = np.percentile(left, [25, 75])
         launches = pairs.mean(axis=2)
         lines.append(
             f"  {metric}: pairs within a launch differ by {(high - low) / 1.349:.1%} (robust "

@@ -124,7 +124,7 @@ def as_verdicts(changes: Sequence[Change], suspects: Mapping[str, str]) -> list[
         )
         evidence = [
             f"{change.old_s * 1e3:.3f} ms → {change.new_s * 1e3:.3f} ms, "
-            f"ratio {change.ratio:.3f}{interval}, p {change.p_adjusted:.2g} over the table",
+            f"ratio {change.ratio:.3f}{interval}, p {change.p_judged:.2g}",
             *change.why,
         ]
         if change.outcome is Outcome.FAILED and change.samples.name in suspects:

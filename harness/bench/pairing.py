@@ -1,5 +1,4 @@
-"""Two commits or environments in turn: each in a process of its own, asked for one generation
-after the other.
+"""Two commits or environments in turn: each in a process of its own, asked group by group.
 
 A worker is any command that ends in `lora-stack bench --serve …`; it loads its stack, says what it
 will measure, then answers one line for each line it is sent. Only one works at a time. Knows
@@ -22,10 +21,8 @@ from harness.bench.measuring import Measurer
 from harness.bench.results import Results, as_benchmark_json, results_in
 from harness.bench.session import results_of
 from harness.bench.visiting import (
-    GroupVisit,
     Visit,
     collected,
-    entered_group,
     groups_of,
     measurable,
     visit_group,
@@ -34,6 +31,7 @@ from harness.errors import InputError
 
 __all__ = ["Worker", "answers_on", "in_turn", "serve"]
 
+_A_VISIT = 5  # generations of a cell at most; a round of more has several visits
 _REMEDY = "see its message above; it must be a lora-stack with bench --serve"
 
 
@@ -60,41 +58,33 @@ def serve(
     *,
     repeats: int = 1,
 ) -> None:
-    """Say which groups of cells there are, then answer each line of *requests*: `enter GROUP`,
-    `time CELL` for one generation, `leave` for what the visit came to, `end` for all results.
+    """Say which groups of cells there are and how many visits a round has, then answer each line
+    of *requests*: a group's name asks for a visit of its cells, `end` for the results.
 
     Raises:
-        InputError: no cell can be measured here, or a line asks for something else.
+        InputError: no cell can be measured here, or a line names no group.
     """
     possible, skipped = measurable(measurer, cells)
     groups = groups_of(possible)
     visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
     for group in groups.values():
         visit_group(measurer, group, warming=True)
-    ready = {name: [cell.key for cell in group] for name, group in groups.items()}
-    _answer(answers, {"ready": ready, "repeats": repeats})
-    with contextlib.ExitStack() as entered:
-        visit: GroupVisit | None = None
-        for line in requests:
-            word, _, name = line.strip().partition(" ")
-            if word == "end":
-                break
-            if word == "enter" and name in groups:
-                visit = entered.enter_context(entered_group(measurer, groups[name]))
-            elif word == "time" and visit is not None and name in visit.keys:
-                visit.once(name)
-            elif word == "leave" and visit is not None:
-                for key, seen in visit.seen().items():
-                    visits[key].append(seen)
-                visit = None
-                entered.close()
-            else:
-                raise InputError(
-                    f"was asked {line!r}", where="bench --serve", remedy="use the same version"
-                )
-            _answer(answers, {"done": word})
+    a_round = -(-repeats // _A_VISIT)
+    _answer(answers, {"ready": list(groups), "visits": a_round})
+    for line in requests:
+        name = line.strip()
+        if name == "end":
+            break
+        if name not in groups:
+            raise InputError(
+                f"was asked for {name!r}", where="bench --serve", remedy="use the same version"
+            )
+        found = visit_group(measurer, groups[name], repeats=-(-repeats // a_round))
+        for key, visit in found.items():
+            visits[key].append(visit)
+        _answer(answers, {"done": name})
     measurer.close_ceilings()
-    made = [collected(measurer, cell, visits[cell.key]) for cell in possible]
+    made = [collected(measurer, cell, visits[cell.key], a_round=a_round) for cell in possible]
     _answer(answers, as_benchmark_json(results_of(measurer, made, skipped, in_turn=True)))
 
 
@@ -151,20 +141,20 @@ class Worker:
             )
         return found
 
-    def ready(self) -> tuple[dict[str, list[str]], int]:
+    def ready(self) -> tuple[list[str], int]:
         """What it says once it is loaded and warm: the groups of cells that it can measure, and
-        how many generations a round is to have.
+        how many visits make a round.
 
         Raises:
             InputError: it has ended, or says something else.
         """
         found = self.read()
-        groups, repeats = found.get("ready"), found.get("repeats")
-        if not isinstance(groups, dict) or not isinstance(repeats, int):
+        groups, visits = found.get("ready"), found.get("visits")
+        if not isinstance(groups, list) or not isinstance(visits, int):
             raise InputError(
                 "did not say what it measures", where=f"the {self.name} side", remedy=_REMEDY
             )
-        return {str(name): [str(key) for key in keys] for name, keys in groups.items()}, repeats
+        return [str(name) for name in groups], visits
 
     def ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -183,38 +173,32 @@ def in_turn(
 ) -> list[Results]:
     """*rounds* rounds of every worker; their results in the order of *workers*.
 
-    In a round the groups of cells come in an order drawn anew. All sides enter a group, then
-    generate in turn, one generation each, so that what slows the machine for a while slows all;
-    who goes first changes every time.
+    The groups of cells come in an order drawn anew each time, and each is visited by one worker
+    right after the other; who goes first changes from time to time. Where a round has several
+    visits they are spread over as many passes: what slows a shared machine for a second shall not
+    hit all of one side's.
 
     Raises:
         InputError: a worker ended, or answered what cannot be read.
     """
-    groups: dict[str, dict[str, list[Worker]]] = {}
-    repeats = 1
+    groups: dict[str, list[Worker]] = {}
+    visits = 1
     for worker in workers:
-        having, wanted = worker.ready()
-        repeats = max(repeats, wanted)
-        for name, keys in having.items():
-            for key in keys:
-                groups.setdefault(name, {}).setdefault(key, []).append(worker)
+        having, a_round = worker.ready()
+        visits = max(visits, a_round)
+        for name in having:
+            groups.setdefault(name, []).append(worker)
     order = random.Random(seed)
-    turn = 0
-    for number in range(rounds):
+    firsts = {name: order.randrange(len(having)) for name, having in groups.items()}
+    passes = rounds * visits
+    for number in range(passes):
         names = list(groups)
         order.shuffle(names)
         for place, name in enumerate(names):
-            sides = [w for w in workers if any(w in having for having in groups[name].values())]
-            for worker in sides:
-                worker.ask(f"enter {name}")
-            for _ in range(repeats):
-                turn += 1
-                for key, having in groups[name].items():
-                    first = turn % len(having)
-                    for worker in having[first:] + having[:first]:
-                        worker.ask(f"time {key}")
-            for worker in sides:
-                worker.ask("leave")
+            having_it = groups[name]
+            first = (firsts[name] + number) % len(having_it)
+            for worker in having_it[first:] + having_it[:first]:
+                worker.ask(name)
             if progress is not None:
-                progress((number + (place + 1) / len(names)) / rounds)
+                progress((number + (place + 1) / len(names)) / passes)
     return [results_in(worker.ask("end"), f"the {worker.name} side") for worker in workers]

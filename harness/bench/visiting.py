@@ -2,14 +2,13 @@
 
 A visit is a round of the cells that share a mode and an application, which is entered once for
 them. `interleaved` visits all cells, round by round; two processes that measure in turn
-(`harness.bench.pairing`) ask for each generation. Knows nothing of judging, files or reports.
+(`harness.bench.pairing`) ask for each visit. Knows nothing of judging, files or reports.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,8 @@ from harness.engines.timed import Decoding
 from harness.errors import InputError
 
 __all__ = [
-    "GroupVisit",
     "Visit",
     "collected",
-    "entered_group",
     "groups_of",
     "interleaved",
     "measurable",
@@ -52,74 +49,33 @@ def groups_of(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return groups
 
 
-class GroupVisit:
-    """The cells of one group, entered and warm; each generation is asked for alone."""
-
-    def __init__(
-        self, measurer: Measurer, model: Any, cells: Sequence[Cell], switch_s: float
-    ) -> None:
-        self._measurer, self._switch_s = measurer, switch_s
-        self._measured = {
-            cell.key: CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-            for cell in cells
-        }
-        self._peaks = dict.fromkeys(self._measured, 0)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(self._measured)
-
-    def warm_up(self, *, whole: bool) -> None:
-        """One generation of each cell that does not count."""
-        for one in self._measured.values():
-            one.warm_up(whole=whole)
-
-    def once(self, key: str) -> None:
-        """One generation of one cell."""
-        reset_peak(self._measurer.device)
-        self._measured[key]()
-        self._peaks[key] = max(self._peaks[key], peak_bytes(self._measurer.device))
-
-    def seen(self) -> dict[str, Visit]:
-        """What the generations since entering came to: a round of each cell, its metrics the
-        fastest of its generations. Neighbours on a shared machine only ever make slower."""
-        state = self._measurer.reader.read()
-        return {
-            key: Visit(
-                round=fastest(one.rounds),
-                gaps_s=tuple(gap for round in one.rounds for gap in round.gaps_s),
-                switch_s=self._switch_s,
-                peak_bytes=self._peaks[key],
-                state=state,
-            )
-            for key, one in self._measured.items()
-            if one.rounds
-        }
-
-
-@contextlib.contextmanager
-def entered_group(measurer: Measurer, cells: Sequence[Cell]) -> Iterator[GroupVisit]:
-    """The cells of one group (`groups_of`), entered. A short generation of each takes up what the
-    change left cold, and does not count."""
-    with measurer.applied(cells[0].mode, cells[0].application) as (model, seconds):
-        visit = GroupVisit(measurer, model, cells, seconds)
-        visit.warm_up(whole=False)
-        yield visit
-
-
 def visit_group(
     measurer: Measurer, cells: Sequence[Cell], *, repeats: int = 1, warming: bool = False
 ) -> dict[str, Visit]:
-    """One round of every cell of one group, *repeats* generations each; nothing counts while
-    *warming*, which generates at whole length."""
-    with entered_group(measurer, cells) as visit:
-        if warming:
-            visit.warm_up(whole=True)
-            return {}
-        for _ in range(repeats):
-            for key in visit.keys:
-                visit.once(key)
-        return visit.seen()
+    """One round of every cell of one group (`groups_of`); nothing counts while *warming*.
+
+    A short generation after entering takes up what the change left cold, and does not count. Of
+    *repeats* generations the fastest is the round, by each metric: neighbours on a shared machine
+    only ever make slower.
+    """
+    visits: dict[str, Visit] = {}
+    with measurer.applied(cells[0].mode, cells[0].application) as (model, seconds):
+        for cell in cells:
+            one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+            if warming:
+                one.warm_up(whole=True)
+                continue
+            reset_peak(measurer.device)
+            one.warm_up(whole=False)
+            made = [one() for _ in range(repeats)]
+            visits[cell.key] = Visit(
+                round=fastest(made),
+                gaps_s=tuple(gap for round in made for gap in round.gaps_s),
+                switch_s=seconds,
+                peak_bytes=peak_bytes(measurer.device),
+                state=measurer.reader.read(),
+            )
+    return visits
 
 
 def visit_all(
@@ -204,11 +160,14 @@ def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], d
     return possible, skipped
 
 
-def collected(measurer: Measurer, cell: Cell, visits: Sequence[Visit]) -> CellResult:
-    """The result of *cell* from its visits."""
+def collected(
+    measurer: Measurer, cell: Cell, visits: Sequence[Visit], *, a_round: int = 1
+) -> CellResult:
+    """The result of *cell* from its visits, of which *a_round* make a round: the fastest counts."""
+    made = [visit.round for visit in visits]
     return measurer.result(
         cell,
-        [visit.round for visit in visits],
+        [fastest(made[place : place + a_round]) for place in range(0, len(made), a_round)],
         gaps_s=[gap for visit in visits for gap in visit.gaps_s],
         switch_s=tuple(dict.fromkeys(visit.switch_s for visit in visits)),
         peak_bytes=max((visit.peak_bytes for visit in visits), default=None),

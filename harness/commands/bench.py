@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another commit's or environment's lora-stack; its rounds run in turn with ours",
     )  # fmt: skip
     add_option(
-        gate, "--launches", metavar="N", type=int, default=5,
-        help="of each side with --against-command; its rounds are spread over them (5)",
+        gate, "--launches", metavar="N", type=int, default=10,
+        help="of each side with --against-command; its rounds are spread over them (10)",
     )  # fmt: skip
     add_option(gate, "--results", metavar="FILE", help="judge and report these; measure nothing")
     add_option(

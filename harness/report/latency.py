@@ -318,13 +318,13 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
         made.append(
             {
                 "title": "Compared",
-                "text": "New over old, 99 % interval, p of the rank test corrected over the table, "
+                "text": "New over old, 99 % interval, p of the rank test, "
                 "and how far apart equal things were.",
                 "head": ["figure", "old ms", "new ms", "ratio", "low", "high", "p", "noise floor",
                          "verdict"],
                 "rows": [
                     [c.samples.name, c.old_s * 1e3, c.new_s * 1e3, c.ratio, c.low, c.high,
-                     c.p_adjusted, math.expm1(c.samples.floor) if c.samples.floor < 5 else None,
+                     c.p_judged, math.expm1(c.samples.floor) if c.samples.floor < 5 else None,
                      c.outcome.value]
                     for c in report.changes
                 ],

@@ -123,7 +123,8 @@ def test_compiled_decoding_without_cuda_is_skipped_with_the_reason(base, capsys)
     assert code == 0
     assert {row["decoding"] for row in report["figures"]} == {"dynamic", "static"}
     assert {row["against"] for row in report["decoding"]} == {"dynamic"}
-    reasons = [c["evidence"][0] for c in report["checks"] if c["verdict"] == "skipped"]
+    nothing, *reasons = [c["evidence"][0] for c in report["checks"] if c["verdict"] == "skipped"]
+    assert "compared with nothing" in nothing
     assert len(reasons) == 2
     assert "compiles decode steps on CUDA" in reasons[0]
 

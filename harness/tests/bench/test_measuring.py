@@ -204,24 +204,24 @@ class _Told:
     def __init__(self, name, groups, log):
         self.name, self._groups, self._log = name, groups, log
 
-    def groups(self):
-        return self._groups
+    def ready(self):
+        return self._groups, 2
 
     def ask(self, line):
         self._log.append((self.name, line))
         return {}
 
 
-def test_a_pair_is_measured_moments_apart_and_who_goes_first_alternates(monkeypatch):
+def test_a_pair_is_visited_one_after_the_other_and_who_goes_first_alternates(monkeypatch):
     monkeypatch.setattr("harness.bench.pairing.results_in", lambda answer, path: None)
     log = []
     old = _Told("old", ["base none", "stacked live"], log)
     new = _Told("new", ["base none", "stacked live", "stacked merged"], log)
-    in_turn([old, new], 4)
+    in_turn([old, new], 2)
     assert log[-2:] == [("old", "end"), ("new", "end")]
     for name in ("base none", "stacked live"):
         places = [place for place, (_, line) in enumerate(log) if line == name]
-        assert len(places) == 8
+        assert len(places) == 2 * 4  # two rounds of two visits
         assert all(b - a == 1 for a, b in zip(places[::2], places[1::2], strict=True))
         firsts = [log[place][0] for place in places[::2]]
         assert sorted(firsts[:2]) == ["new", "old"]
