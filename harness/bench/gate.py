@@ -194,7 +194,8 @@ def _rank_tests(table: Sequence[Samples]) -> list[float]:
 def _logs(values: Sequence[float]) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    return np.log(np.asarray(values))
+    logs: np.ndarray[Any, Any] = np.log(np.asarray(values))
+    return logs
 
 
 def _least_p(samples: Samples) -> float:
