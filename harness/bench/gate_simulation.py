@@ -21,6 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -193,22 +194,28 @@ def _print(rates: Rates, shift: float, *, everywhere: bool) -> None:
     print(f"{shift:>10.0%} {where:>9} {rates.nights:>7} {alarms:>24} {share:>8}", flush=True)
 
 
+def _robust(pairs: np.ndarray[Any, Any]) -> float:
+    """How far the last axis lies about its mean, from the quartiles."""
+    count = pairs.shape[2]
+    left = (pairs - pairs.mean(axis=2, keepdims=True)) * (count / (count - 1)) ** 0.5
+    low, high = np.percentile(left, [25, 75])
+    return float(high - low) / 1.349
+
+
 def _spread(noise: Noise) -> str:
     """The recorded noise in words: from pair to pair, and from launch to launch."""
     lines = []
     for metric in METRICS:
         logs = np.log([[[times[metric] for times in process.values()] for process in launch]
                        for launch in noise])  # fmt: skip  # launch, process, cell, round
-        logs = logs.reshape(*logs.shape[:3], -1, _VISITS)  # visits to rounds
-        pairs = logs[:, 1].min(axis=3) - logs[:, 0].min(axis=3)
-        rounds = pairs.shape[2]
-        left = (pairs - pairs.mean(axis=2, keepdims=True)) * (rounds / (rounds - 1)) ** 0.5
-        low, high = np.percentile(left, [25, 75])
-        launches = pairs.mean(axis=2)
+        pairs = logs[:, 1] - logs[:, 0]
+        of_rounds = logs.reshape(*logs.shape[:3], -1, _VISITS).min(axis=4)
+        rounds = of_rounds[:, 1] - of_rounds[:, 0]
+        launches = rounds.mean(axis=2)
         lines.append(
-            f"  {metric}: pairs within a launch differ by {(high - low) / 1.349:.1%} (robust "
-            f"standard deviation), launches' ratios by {launches.std():.1%}, all cells at once by "
-            f"{launches.mean(axis=1).std():.1%}"
+            f"  {metric}: in a launch pairs of single visits differ by {_robust(pairs):.1%} "
+            f"(robust standard deviation),\n    of rounds by {_robust(rounds):.1%}; launches' ratios by "
+            f"{launches.std():.1%}, of all cells at once by {launches.mean(axis=1).std():.1%}"
         )
     return "\n".join(lines)
 

@@ -32,7 +32,7 @@ from harness.errors import InputError
 __all__ = ["Worker", "answers_on", "in_turn", "serve"]
 
 _A_VISIT = 5  # generations of a cell at most; a round of more has several visits
-_REMEDY = "see its message above; it must be a lora-stack with bench --serve"
+_REMEDY = "see its message above; it must be a lora-stack with bench --serve as of this version"
 
 
 @contextlib.contextmanager
@@ -83,6 +83,8 @@ def serve(
         for key, visit in found.items():
             visits[key].append(visit)
         _answer(answers, {"done": name})
+    else:
+        return  # the other end is gone: nobody asks for results
     measurer.close_ceilings()
     made = [collected(measurer, cell, visits[cell.key], a_round=a_round) for cell in possible]
     _answer(answers, as_benchmark_json(results_of(measurer, made, skipped, in_turn=True)))
