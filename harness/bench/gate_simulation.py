@@ -214,8 +214,9 @@ def _spread(noise: Noise) -> str:
         launches = rounds.mean(axis=2)
         lines.append(
             f"  {metric}: in a launch pairs of single visits differ by {_robust(pairs):.1%} "
-            f"(robust standard deviation),\n    of rounds by {_robust(rounds):.1%}; launches' ratios by "
-            f"{launches.std():.1%}, of all cells at once by {launches.mean(axis=1).std():.1%}"
+            f"(robust standard deviation),\n    of rounds by {_robust(rounds):.1%}; "
+            f"launches' ratios by {launches.std():.1%}, "
+            f"of all cells at once by {launches.mean(axis=1).std():.1%}"
         )
     return "\n".join(lines)
 
