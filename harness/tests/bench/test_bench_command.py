@@ -132,7 +132,7 @@ def test_compiled_decoding_without_cuda_is_skipped_with_the_reason(base, capsys)
 @pytest.mark.slow
 def test_two_environments_run_in_turn(base, tmp_path, capsys, monkeypatch):
     """Here both are this one, so the floor is what two processes of the same code show."""
-    words = [*base, "--rounds", "12", "--applications", "live", "--against-command",
+    words = [*base, "--rounds", "12", "--launches", "2", "--applications", "live", "--against-command",
              shlex.join([sys.executable, "-m", "harness.cli"]), "--json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["lora-stack", *words])
     main(words)
