@@ -132,8 +132,8 @@ def test_compiled_decoding_without_cuda_is_skipped_with_the_reason(base, capsys)
 @pytest.mark.slow
 def test_two_environments_run_in_turn(base, tmp_path, capsys, monkeypatch):
     """Here both are this one, so the floor is what two processes of the same code show."""
-    words = [*base, "--rounds", "12", "--launches", "2", "--applications", "live", "--against-command",
-             shlex.join([sys.executable, "-m", "harness.cli"]), "--json"]  # fmt: skip
+    words = [*base, "--rounds", "12", "--launches", "2", "--applications", "live", "--json",
+             "--against-command", shlex.join([sys.executable, "-m", "harness.cli"])]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["lora-stack", *words])
     main(words)
     report = json.loads(capsys.readouterr().out)
