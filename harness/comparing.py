@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from harness.errors import InputError
 from harness.evidence import GAP_STEP, Evidence, Shifts, shifts
 from harness.noise import NoiseFloor, Tolerances, tolerances
+from harness.pieces import joined_pieces
 from harness.terminal import shown
 from harness.textdiff import word_diff_line
 from harness.verdict import Outcome, Verdict
@@ -228,7 +229,8 @@ def _difference_lines(
     def written(ids: tuple[int, ...]) -> str:
         return f"{piece(ids[first])!r} ({ids[first]})" if first < len(ids) else "the end"
 
-    before = "".join(piece(token) for token in fresh.token_ids[max(0, first - _CONTEXT) : first])
+    around = fresh.token_ids[max(0, first - _CONTEXT) : first]
+    before = joined_pieces(piece(token) for token in around)
     yield (
         f"token {first + 1} is the first that differs: {written(accepted.token_ids)} accepted, "
         f"{written(fresh.token_ids)} now{f', after {shown(before)!r}' if before else ''}"

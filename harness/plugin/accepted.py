@@ -18,6 +18,7 @@ import pytest
 
 from harness.completion import Application, Completion, Prompt
 from harness.errors import InputError
+from harness.pieces import token_piece
 from harness.preset import Preset
 from harness.stack import Mode
 from harness.terminal import shown
@@ -140,12 +141,12 @@ class Accepted:
         preset: Preset,
         root: Path,
         snapshots: Path,
-        profile: str | None,
+        folder: Path,
         replaying: bool,
         drift_fails: bool,
     ) -> None:
         self.engine, self.preset, self.root, self.snapshots = engine, preset, root, snapshots
-        self.folder = snapshots / profile if profile else snapshots
+        self.folder = folder
         self.drift_fails = drift_fails
         self.judged: dict[Path, Judged] = {}
         self.completions = Completions(engine, preset, self.drafts if replaying else None)
@@ -208,7 +209,7 @@ class Accepted:
             accepted_now = replayed.draft_evidence
         comparison = judge_snapshot(
             path.relative_to(self.snapshots).with_suffix("").as_posix(),
-            found,
+            self._from_root(found) if isinstance(found, InputError) else found,
             fresh,
             floor,
             accepted_now=accepted_now,
@@ -224,6 +225,13 @@ class Accepted:
         )
         self.judged[path] = judged
         return judged
+
+    def _from_root(self, fault: InputError) -> InputError:
+        """*fault* with its path from the root folder: evidence is read in pull requests, too."""
+        if fault.where is None or not Path(fault.where).is_relative_to(self.root):
+            return fault
+        where = Path(fault.where).relative_to(self.root)
+        return InputError(fault.fault, where=where, remedy=fault.remedy)
 
     def _floor(self, found: Found, fresh: Snapshot) -> NoiseFloor | None:
         """The noise floor of this run against what was recorded; measured when first needed."""
@@ -247,12 +255,9 @@ class Accepted:
         return self._floors[key]
 
     def piece(self, token: int) -> str:
-        """A token as text."""
+        """A token as text, bytes that are no character by name."""
         if token not in self._pieces:
-            try:
-                self._pieces[token] = self.engine.tokenizer.decode([token])
-            except (OverflowError, ValueError, TypeError, KeyError, IndexError):
-                self._pieces[token] = f"<{token}>"  # no token of this tokenizer
+            self._pieces[token] = token_piece(self.engine.tokenizer, token)
         return self._pieces[token]
 
     def record(self, judged: Judged) -> None:
