@@ -104,17 +104,18 @@ class Size:
 
 def size_of(form: bytes, text: str, token_ids: Iterable[int], evidence: Evidence) -> Size:
     """The size of a snapshot whose stored text is *form*."""
-    tokens = np.asarray(list(token_ids), dtype=np.int64)
-    encoded = encode_evidence(evidence, tokens)
+    produced = [int(token) for token in token_ids]
+    tokens = np.asarray(produced, dtype=np.int64)
+    encoded = encode_evidence(evidence, produced)
     # The same with one id for all alternatives, which takes a bit each.
     is_token, other = evidence.top_ids == tokens[:, None], (tokens == 0)[:, None]
     without = replace(evidence, top_ids=np.where(is_token, evidence.top_ids, other))
     return Size(
-        tokens=len(tokens),
+        tokens=len(produced),
         text=len(text.encode("utf-8", "surrogatepass")),
         sidecar=len(sidecar_bytes(form, encoded)),
         fixed=len(sidecar_bytes(form, b"")),
-        ids=len(encoded) - len(encode_evidence(without, tokens)),
+        ids=len(encoded) - len(encode_evidence(without, produced)),
     )
 
 
