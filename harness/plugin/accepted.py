@@ -118,6 +118,7 @@ class Judged:
     comparison: Comparison
     floor: NoiseFloor | None
     how: str
+    accepted_now: Evidence | None = None  # of the accepted tokens, from the model of today
     written: bool = False  # the session has just accepted it
     unrecorded: str | None = None  # why it does not lie in .pending/ for the review
 
@@ -222,6 +223,7 @@ class Accepted:
             comparison=comparison,
             floor=floor,
             how=str(replayed) if replayed is not None else "made by the test",
+            accepted_now=accepted_now,
         )
         self.judged[path] = judged
         return judged
@@ -291,7 +293,7 @@ class Accepted:
             first=None if judged.written else judged.comparison.first,
             noise_floor=judged.floor.chosen if judged.floor is not None else None,
             then=self._side(found) if isinstance(found, Snapshot) else None,
-            now=self._side(fresh),
+            now=self._with_accepted(self._side(fresh), judged),
             accepting=accepting,
             accepted_sha256={path: _sha256(self.root / path) for path in accepting},
         )
@@ -316,6 +318,25 @@ class Accepted:
             stop_reason=snapshot.stop_reason.value,
             positions=self._positions(snapshot.token_ids, snapshot.evidence),
             conditions=self._conditions(snapshot),
+        )
+
+    def _with_accepted(self, side: Side, judged: Judged) -> Side:
+        """*side* with the accepted token among the alternatives where the two part."""
+        first, scored = judged.comparison.first, judged.accepted_now
+        if scored is None or first is None or first >= min(len(scored), len(side.positions)):
+            return side
+        from harness.pending import Alternative
+
+        assert not isinstance(judged.found, InputError | None)
+        token, here = judged.found.token_ids[first], side.positions[first]
+        if token in {other.token_id for other in here.alternatives}:
+            return side
+        added = Alternative(
+            token_id=token, piece=self.piece(token), logprob=float(scored.logprobs[first])
+        )
+        here = replace(here, alternatives=(*here.alternatives, added))
+        return replace(
+            side, positions=(*side.positions[:first], here, *side.positions[first + 1 :])
         )
 
     @staticmethod

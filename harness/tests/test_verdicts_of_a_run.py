@@ -1,5 +1,6 @@
 """Every verdict on snapshots, from real runs of pytest; through the plugin, to what is reviewed."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -110,6 +111,10 @@ def test_each_verdict_comes_of_what_it_stands_for(project, tiny, tmp_path):
     assert "token 4 is the first that differs" in told["prompt-1--stacked"]
     assert "a tie is within" in told["prompt-1--stacked"]
     assert "(1) accepted" in told["prompt-1--style"]
+    # How probable the accepted token is now is known, though it is none of the first five.
+    now = next(line for line in told["prompt-1--style"].split("\n") if line.startswith("now: "))
+    assert re.match(r"now: '.' \d+\.\d\d%, '", now)
+    assert "not among" not in now
     assert "log-probabilities moved by 0.05 nats" in told["prompt-1--instruct"]
     assert "the setting max_new_tokens was 5, is 4" in told["prompt-2--base"]
     assert told["prompt-2--style"].startswith("nothing is accepted yet")
