@@ -288,8 +288,8 @@ def _movement_lines(
     which = "same" if len(moved.chosen) <= same else "accepted"
     yield (
         f"over {len(moved.chosen)} {which} tokens log-probabilities moved by "
-        f"{moved.chosen_rms:.2g} nats (rms; {allowed.chosen:.2g} are allowed), the alternatives' by {moved.gap_rms:.2g} "
-        f"({allowed.gaps:.2g}), at most {moved.worst:.2g} ({allowed.worst:.2g}) at token "
+        f"{moved.chosen_rms:.2g} nats (rms; {allowed.chosen:.2g} are allowed), the alternatives' "
+        f"by {moved.gap_rms:.2g} ({allowed.gaps:.2g}), at most {moved.worst:.2g} ({allowed.worst:.2g}) at token "
         f"{moved.worst_place + 1}"
     )
 
