@@ -289,8 +289,8 @@ def _movement_lines(
     yield (
         f"over {len(moved.chosen)} {which} tokens log-probabilities moved by "
         f"{moved.chosen_rms:.2g} nats (rms; {allowed.chosen:.2g} are allowed), the alternatives' "
-        f"by {moved.gap_rms:.2g} ({allowed.gaps:.2g}), at most {moved.worst:.2g} ({allowed.worst:.2g}) "
-        f"at token {moved.worst_place + 1}"
+        f"by {moved.gap_rms:.2g} ({allowed.gaps:.2g}), at most {moved.worst:.2g} "
+        f"({allowed.worst:.2g}) at token {moved.worst_place + 1}"
     )
 
 
