@@ -243,7 +243,8 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int):
           !element.closest(".scroll") && element.getBoundingClientRect().right > WIDTH + 1);
         const out = $$(".at table").filter(table => table.getBoundingClientRect().right >
           table.closest(".card").getBoundingClientRect().right);
-        return { out: out.length, tables: $$(".at table").length, wide: wide.map(element => element.className).slice(0, 5), faults,
+        return { wide: wide.map(element => element.className).slice(0, 5), faults,
+                 out: out.length, tables: $$(".at table").length,
                  scroll: document.documentElement.scrollWidth };
         """.replace("WIDTH", str(width)),
         f"--window-size={width},800",
