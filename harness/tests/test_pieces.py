@@ -4,11 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from harness.pieces import joined_pieces, token_piece
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def loaded(inner, **special):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +24,7 @@ def byte_level():
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
+    return loaded(inner, eos_token="<|end|>")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def sentence_piece():
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blank])
     words = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     inner.decoder = decoders.Sequence([*words, decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner)
+    return loaded(inner)
 
 
 def pieces(tokenizer, text):
