@@ -68,6 +68,7 @@ def say_the_twin(file, other):
 
 def test_each_verdict_comes_of_what_it_stands_for(project, tiny, tmp_path):
     from harness.evidence import Evidence
+    from harness.pending import read_case, read_records
     from harness.snapshot import read_stored
     from harness.snapshot_files import sidecar_of
 
@@ -115,6 +116,8 @@ def test_each_verdict_comes_of_what_it_stands_for(project, tiny, tmp_path):
     now = next(line for line in told["prompt-1--style"].split("\n") if line.startswith("now: "))
     assert re.match(r"now: '.' \d+\.\d\d%, '", now)
     assert "not among" not in now
+    changed = next(r for r in read_records(project.path).cases if "prompt-1--style" in r.name)
+    assert 1 in {other.token_id for other in read_case(changed).now.positions[0].alternatives}
     assert "log-probabilities moved by 0.05 nats" in told["prompt-1--instruct"]
     assert "the setting max_new_tokens was 5, is 4" in told["prompt-2--base"]
     assert told["prompt-2--style"].startswith("nothing is accepted yet")
