@@ -81,7 +81,7 @@ def _bit_sum(data: Tensor, sample: int | None) -> Tensor | None:
 
 
 def _spread(flat: Tensor, sample: int) -> Tensor:
-    """*sample* elements in runs from the first to the last."""
+    """*sample* elements in runs, evenly spread from the first element to about the last."""
     runs = max(1, sample // _RUN)
     length = sample // runs
     step = (flat.numel() - length) // max(1, runs - 1)

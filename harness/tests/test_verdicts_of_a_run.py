@@ -35,6 +35,11 @@ def verdicts(project):
     }
 
 
+def contents(project):
+    folder = project.path / "snapshots"
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def snapshot_file(project, case):
     return project.path / "snapshots" / "test_it" / f"p--{case}.toml"
 
@@ -95,8 +100,10 @@ def test_each_verdict_comes_of_what_it_stands_for(project, tiny, tmp_path):
     edited.write_bytes(edited.read_bytes().replace(b"prompt-2", b"prompt-3"))
     sidecar_of(snapshot_file(project, "prompt-2--stacked")).unlink()
 
+    before = contents(project)
     result = project.runpytest_inprocess(*arguments(stack))
     result.assert_outcomes(passed=2, failed=6)
+    assert contents(project) == before  # nobody asked for another
     found = verdicts(project)
     assert {case: outcome for case, (outcome, _) in found.items()} == {
         "prompt-1--base": "held",
