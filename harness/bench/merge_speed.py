@@ -7,10 +7,10 @@ of their own (`--peers`), so that they need not be installed beside the harness.
 `python -m harness.bench.merge_speed FOLDER --memory 0.5 2 4` for the memory at several sizes.
 
 Every run begins alike: the inputs are read once (so that they lie in the page cache), everything
-written before is on disk, the machine rests for `--pause` seconds (while the kernel sorts and gives
-back what the last process freed, it charges the next one for it), and with `--touch GB` that much memory was taken and given back: a
-virtual machine whose host reclaims free memory otherwise charges the next process for getting it
-back, some seconds for gigabytes.
+written before is on disk, the machine rests for `--pause` seconds (while the kernel sorts and
+gives back what the last process freed, it charges the next one for it), and with `--touch GB` that
+much memory was taken and given back: a virtual machine whose host reclaims free memory otherwise
+charges the next process for getting it back, some seconds for gigabytes.
 """
 
 from __future__ import annotations
