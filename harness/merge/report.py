@@ -187,6 +187,15 @@ class MergeReport:
         if loss is None or exact is None or unmoved is None:
             return ("Nothing was read back (verify: none).",)
         checked = sum(row.checked for row in self.tensors)
+        if self.kind == "flatten":
+            how = f"of rank {self.details['rank']}, stored as {self.dtype}"
+            if self.options["truncated_to"] is not None:
+                how += f", truncated from {self.details['sum of ranks']}"
+            return (
+                f"- {checked:,} entries of ΔW in {len(self.tensors)} modules were held against "
+                f"float64 ({self.verify})",
+                f"- the one adapter ({how}) is off by {loss:.2g} of ‖ΔW‖",
+            )
         lines = [
             f"- {checked:,} entries of {len(self.tensors)} tensors were read back "
             f"({self.verify}); {exact:.4%} equal the rounded float64 result",
