@@ -167,7 +167,9 @@ class MergeReport:
         lines += ["", "## What was checked", "", *self.summary()]
         lines += ["", *(f"> {note}" for note in self.notes)] if self.notes else []
         if self.tensors:
-            lines += ["", "## Tensors whose delta lost most to rounding", ""]
+            merge = self.kind == "merge"
+            what = "Tensors whose delta lost most to rounding" if merge else "Modules most off"
+            lines += ["", f"## {what}", ""]
             lines += ["| tensor | ‖W‖ | ‖ΔW‖ | survived | unmoved | exact | max error |"]
             lines += ["|---|---:|---:|---:|---:|---:|---:|"]
             worst = sorted(self.tensors, key=lambda row: (-row.rounding_loss, row.name))
