@@ -30,12 +30,17 @@ __all__ = [
     "PairEntry",
     "adapter_digest",
     "read_adapter",
+    "unwrapped",
 ]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 #: What PEFT puts before a base model's names.
 KEY_PREFIX = "base_model.model."
+# The parameters of a fused experts module, in the order in which transformers registers them:
+# PEFT wraps them one around the other in this order, the first innermost.
+_PARAMETERS = ("gate_up_proj", "down_proj", "weight")
+_WRAPPER = ".base_layer"
 _ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 _KEY = re.compile(
@@ -110,10 +115,39 @@ class AdapterFiles:
             transposed=self.config.fan_in_fan_out or entry.embedding,
         )
 
+    def targeted(self, module: str) -> tuple[str, ...]:
+        """The parameters of *module* that `target_parameters` names, by their full names, in
+        PEFT's order of wrapping."""
+        inner = unwrapped(module)
+        targets = self.config.raw.get("target_parameters") or ()
+        names = (f"{inner}.{name}" for name in _PARAMETERS)
+        return tuple(n for n in names if any(f".{n}".endswith(f".{target}") for target in targets))
+
+    def parameter(self, module: str) -> str | None:
+        """The parameter that the pair of *module* adapts, by its full name.
+
+        None for the weight of a module, and where the config does not name as many parameters of
+        it as the file holds. PEFT calls the pairs of several parameters `experts`,
+        `experts.base_layer` and so on, the last wrapped first: which name is whose depends on
+        which of them the adapter adapts.
+        """
+        inner, names = unwrapped(module), self.targeted(module)
+        held = sum(unwrapped(other) == inner for other in self.pairs) if names else 0
+        if not names or held != len(names):
+            return None
+        return names[len(names) - 1 - (len(module) - len(inner)) // len(_WRAPPER)]
+
     @property
     def parameters(self) -> int:
         """The number of parameters in the pairs."""
         return sum(entry.a.count + entry.b.count for entry in self.pairs.values())
+
+
+def unwrapped(module: str) -> str:
+    """The name of a module in the base, of that of a wrapper that PEFT put around it."""
+    while module.endswith(_WRAPPER):
+        module = module.removesuffix(_WRAPPER)
+    return module
 
 
 def read_adapter(

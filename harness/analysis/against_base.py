@@ -16,6 +16,7 @@ from harness.analysis.modules import ModuleFigures
 from harness.analysis.reading import AnalysedPair
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
+from harness.merge.targets import EXPERT_PARTS, stores_experts_transposed
 
 __all__ = ["INTRUDER_COSINE", "count_intruders", "frobenius_norm", "refine_with_base"]
 
@@ -53,6 +54,31 @@ def count_intruders(
     return int(np.count_nonzero(nearest < cosine))
 
 
+def _weight_of(
+    checkpoint: CheckpointFiles, module: str, analysed: AnalysedPair
+) -> tuple[str, torch.Tensor] | None:
+    """The base's weight that *module* changes, and its name; of a fused parameter the expert's."""
+    if analysed.parameter is None:
+        name = checkpoint.weight_name(module)
+        return None if name is None else (name, checkpoint.tensor(name))
+    inner, _, parameter = analysed.parameter.rpartition(".")
+    name = checkpoint.stored_name(analysed.parameter)
+    if name is not None:
+        stacked = checkpoint.tensor(name)
+        if stacked.ndim != 3 or stacked.shape[0] <= analysed.expert:
+            return None
+        own = stacked[analysed.expert]
+        return name, own.T if stores_experts_transposed(checkpoint) else own
+    names = [
+        checkpoint.stored_name(f"{inner}.{analysed.expert}.{half}.weight")
+        for half in EXPERT_PARTS.get(parameter, ())
+    ]
+    known = [name for name in names if name is not None]
+    if not known or len(known) != len(names):
+        return None
+    return known[0], torch.cat([checkpoint.tensor(name) for name in known])
+
+
 def refine_with_base(
     checkpoint: CheckpointFiles, *, intruders: int = 0
 ) -> Callable[[ModuleFigures, AnalysedPair], ModuleFigures]:
@@ -63,10 +89,10 @@ def refine_with_base(
     """
 
     def refine(figures: ModuleFigures, analysed: AnalysedPair) -> ModuleFigures:
-        name = checkpoint.weight_name(figures.module)
-        if name is None:
+        found = _weight_of(checkpoint, figures.module, analysed)
+        if found is None:
             return figures
-        weight = checkpoint.tensor(name)
+        name, weight = found
         shape = [figures.out_features, figures.in_features]
         if analysed.pair.transposed:
             shape.reverse()

@@ -6,13 +6,14 @@ another run's. Knows nothing of the command line.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.analysis.comparison import ComparisonFigures
 from harness.analysis.figures import AdapterFigures
-from harness.analysis.running import analyze, compare, draw
+from harness.analysis.running import PLOT_HINT, analyze, compare, draw
 from harness.analysis.sections import (
     Section,
     benchmark_section,
@@ -47,7 +48,7 @@ def analyze_lora_weights(
 
     Args:
         output_dir: a new folder for the report; None writes nothing.
-        plots: draw them, where matplotlib is there.
+        plots: draw them; where matplotlib is missing, a warning says how to get it.
         options: as `harness.analysis.running.analyze` (`name`, `base_model`, `exact_entries`,
             `intruders`, `keep_going`).
 
@@ -56,7 +57,7 @@ def analyze_lora_weights(
     """
     figures = analyze(path, **options)
     if output_dir is not None:
-        write_report(figures, Path(output_dir), plots=(draw(figures) or ()) if plots else ())
+        _write(figures, Path(output_dir), plots=plots)
     return figures
 
 
@@ -82,7 +83,7 @@ def compare_lora_adapters(
         paths = list(paths.values())
     figures = compare(paths, **options)
     if output_dir is not None:
-        write_report(figures, Path(output_dir), plots=(draw(figures) or ()) if plots else ())
+        _write(figures, Path(output_dir), plots=plots)
     return figures
 
 
@@ -108,6 +109,20 @@ def merge_lora_adapters(
         dtype=dtype,
         **options,
     )
+
+
+def _write(
+    figures: AdapterFigures | ComparisonFigures,
+    folder: Path,
+    *,
+    plots: bool,
+    sections: Sequence[Section] = (),
+) -> Path:
+    """The report with its plots, or with a warning where they cannot be drawn."""
+    drawn = draw(figures) if plots else ()
+    if drawn is None:
+        warnings.warn(PLOT_HINT, stacklevel=3)
+    return write_report(figures, folder, plots=drawn or (), sections=sections)
 
 
 class LoRAAnalyzer:
@@ -139,12 +154,23 @@ class LoRAAnalyzer:
         self,
         base_model: Source,
         adapters: Sequence[Source] | Mapping[str, Source],
-        output: Source | None = None,
+        output_name: Source | None = None,
+        merge_strategy: str = "sequential",
+        weights: Sequence[float] | None = None,
         **options: Any,
     ) -> MergeReport:
-        """Merge into *output*, by default a new folder under `output_dir`."""
-        target = new_run_folder(self.output_dir) if output is None else Path(output)
-        return merge_lora_adapters(base_model, adapters, target, **options)
+        """Merge into a new folder *output_name* under `output_dir`; by default named by the time.
+
+        An absolute path is taken as it is. *options* are those of `merge_lora_adapters`.
+        """
+        target = (
+            new_run_folder(self.output_dir)
+            if output_name is None
+            else self.output_dir / Path(output_name)
+        )
+        return merge_lora_adapters(
+            base_model, adapters, target, merge_strategy=merge_strategy, weights=weights, **options
+        )
 
     def generate_report(
         self, figures: AdapterFigures | ComparisonFigures | None = None, *, plots: bool = True
@@ -161,11 +187,7 @@ class LoRAAnalyzer:
                 where="generate_report",
                 remedy="call analyze_lora_weights or compare_adapters first",
             )
-        return write_report(
-            chosen,
-            new_run_folder(self.output_dir),
-            plots=(draw(chosen) or ()) if plots else (),
-        )
+        return _write(chosen, new_run_folder(self.output_dir), plots=plots)
 
 
 class UnifiedAnalyzer:
@@ -202,11 +224,15 @@ class UnifiedAnalyzer:
         self,
         base_model: Source,
         adapters: Sequence[Source] | Mapping[str, Source],
-        output: Source | None = None,
+        output_name: Source | None = None,
+        merge_strategy: str = "sequential",
+        weights: Sequence[float] | None = None,
         **options: Any,
     ) -> MergeReport:
-        """As the function; how it went becomes part of the report."""
-        report = self._analyzer.merge_adapters(base_model, adapters, output, **options)
+        """As `LoRAAnalyzer.merge_adapters`; how it went becomes part of the report."""
+        report = self._analyzer.merge_adapters(
+            base_model, adapters, output_name, merge_strategy, weights, **options
+        )
         self._sections.append(merge_section(report))
         return report
 
@@ -257,12 +283,8 @@ class UnifiedAnalyzer:
             )
         comparisons = [f for f in self._figures if isinstance(f, ComparisonFigures)]
         chosen = comparisons[-1] if comparisons else self._figures[-1]
-        return write_report(
-            chosen,
-            new_run_folder(self.output_dir),
-            plots=(draw(chosen) or ()) if plots else (),
-            sections=[*_others(self._figures, chosen), *self._sections],
-        )
+        sections = [*_others(self._figures, chosen), *self._sections]
+        return _write(chosen, new_run_folder(self.output_dir), plots=plots, sections=sections)
 
 
 def _others(

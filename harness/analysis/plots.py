@@ -290,13 +290,14 @@ def _distributions(figure: Figure, figures: ComparisonFigures) -> None:
 
 def _compared_spectra(figure: Figure, figures: ComparisonFigures) -> None:
     left, right = figure.subplots(1, 2)
-    for number, adapter in enumerate(figures.adapters):
-        table = _relative_spectra(adapter.modules)
+    tables = [_relative_spectra(adapter.modules) for adapter in figures.adapters]
+    few = max(table.shape[1] for table in tables) <= 16
+    for number, (adapter, table) in enumerate(zip(figures.adapters, tables, strict=True)):
         if not table.size:
             continue
         look: dict[str, Any] = {
             "color": COLOURS[number % 8], "linestyle": STYLES[number % 8],
-            "label": _short(adapter.name), "marker": "o" if table.shape[1] < 12 else None,
+            "label": _short(adapter.name), "marker": "o" if few else None,
             "markersize": 4,
         }  # fmt: skip
         places = np.arange(1, table.shape[1] + 1)

@@ -7,6 +7,7 @@ Knows nothing of figures.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,10 @@ class AnalysedPair:
     """One module's factors and where they came from.
 
     Attributes:
-        pair: its `module` carries `#e` for expert `e` of a fused parameter.
+        pair: its `module` is the parameter's name for a fused one, with `#e` for expert `e`.
         magnitude: DoRA's magnitude vector, `(out,)`, if there is one.
+        parameter: the fused parameter of which this is one expert, by its full name, if so.
+        expert: which of its experts.
     """
 
     pair: LoraPair
@@ -38,6 +41,8 @@ class AnalysedPair:
     name_a: str
     name_b: str
     magnitude: torch.Tensor | None = None
+    parameter: str | None = None
+    expert: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +79,13 @@ class AnalysedAdapter:
             if f"{prefix}.{key}" in self.files.tensors.entries:
                 magnitude = self.files.tensors.tensor(f"{prefix}.{key}").flatten()
         experts = entry.experts
+        parameter = self.files.parameter(module)
+        # By the parameter, not by PEFT's wrappers: adapters of other parameters wrap otherwise.
+        name = module if parameter is None else parameter.removesuffix(".weight")
         for expert in range(experts):
             # PEFT lays expert parameters out as (experts·r, in) and (out, r·experts).
-            pair = whole if experts == 1 else LoraPair(
-                module=f"{module}#{expert}",
+            pair = dataclasses.replace(whole, module=name) if experts == 1 else LoraPair(
+                module=f"{name}#{expert}",
                 a=whole.a.reshape(experts, -1, entry.in_features)[expert],
                 b=whole.b.reshape(entry.out_features, -1, experts)[:, :, expert],
                 scale=whole.scale,
@@ -89,6 +97,8 @@ class AnalysedAdapter:
                 name_a=entry.a.name,
                 name_b=entry.b.name,
                 magnitude=magnitude,
+                parameter=parameter if experts > 1 else None,
+                expert=expert,
             )
 
 
@@ -110,10 +120,10 @@ def open_adapter(
     notes = list(files.config.not_additive)
     if files.config.rslora:
         notes.append("rsLoRA: the scale is alpha/√r")
-    if any(".base_layer" in module for module in files.pairs):
+    if any(".base_layer" in module and not files.parameter(module) for module in files.pairs):
         notes.append(
-            "several parameters of one module are adapted; PEFT wraps them in one another and "
-            "calls the inner ones …base_layer"
+            "several parameters of one module are adapted under names that do not tell which is "
+            "which; PEFT calls the inner ones …base_layer"
         )
     return AnalysedAdapter(
         name=name or _folder_name(found.path if Path(source).exists() else Path(str(source))),

@@ -7,9 +7,10 @@ of their own (`--peers`), so that they need not be installed beside the harness.
 `python -m harness.bench.merge_speed FOLDER --memory 0.5 2 4` for the memory at several sizes.
 
 Every run begins alike: the inputs are read once (so that they lie in the page cache), everything
-written before is on disk, and with `--touch GB` that much memory was taken and given back: a
-virtual machine whose host reclaims free memory otherwise charges the next process for getting it
-back, some seconds for gigabytes.
+written before is on disk, the machine rests for `--pause` seconds (while the kernel sorts and
+gives back what the last process freed, it charges the next one for it), and with `--touch GB` that
+much memory was taken and given back: a virtual machine whose host reclaims free memory otherwise
+charges the next process for getting it back, some seconds for gigabytes.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _write_inputs(folder: Path, *, layers: int, vocabulary: int) -> None:
         write_sized_adapter(folder / "r64", base, layers=layers, rank=64, seed=102)
 
 
-def _settle(folder: Path, touch: float) -> None:
+def _settle(folder: Path, touch: float, pause: float) -> None:
     """The state that every run begins in."""
     for name in ("base", "r16", "r64"):
         for file in sorted((folder / name).iterdir()):
@@ -179,6 +180,7 @@ def _settle(folder: Path, touch: float) -> None:
         code = f"import mmap\nm = mmap.mmap(-1, {int(touch * 2**30)})\n"
         code += "for i in range(0, len(m), 4096): m[i] = 1"
         subprocess.run([sys.executable, "-c", code], check=True)
+    time.sleep(pause)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", default="sampled", choices=("none", "sampled", "full"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these contenders")
     parser.add_argument("--touch", type=float, default=0, metavar="GB", help="see above (0)")
+    parser.add_argument("--pause", type=float, default=5, metavar="S", help="see above (5)")
     parser.add_argument(
         "--memory",
         type=float,
@@ -214,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder / "out")
     for number in range(arguments.rounds):
         for name, contender in contenders.items():
-            _settle(folder, arguments.touch)
+            _settle(folder, arguments.touch, arguments.pause)
             runs[name].append(measure(contender.command, contender.environment))
             for place in contender.leaves:
                 shutil.rmtree(place, ignore_errors=True)

@@ -21,9 +21,13 @@ Array = NDArray[Any]
 
 #: Rows that are read, added and written at a time.
 ROWS = 128
-# Columns of a piece, in pairs: both halves' sums and the spare words of a piece stay in a
-# second-level cache of 1 MiB. Smaller pieces cost more calls, larger ones more traffic.
-_PAIRS = 256
+# A piece is summed and rounded at once. Whole rows, where they are not very long: numpy runs
+# through what lies in one stretch a third quicker than row by row. Few of them, for the cache.
+_HEIGHT, _PAIRS = 32, 8192
+# Below this many multiplications (rows · columns · rank) OpenBLAS multiplies without copying the
+# factors into buffers of its own first: a fifth quicker for factors as thin as these.
+_UNPACKED = 1_000_000
+_STEP = 32  # columns of a product, in pairs, are a multiple of it: whole vectors
 
 # Arrays, not scalars: numpy would convert a scalar anew in every call.
 _SHIFT, _HIGH = np.array(16, np.uint32), np.array(0xFFFF0000, np.uint32)
@@ -40,12 +44,23 @@ class FactoredDelta:
         self.columns = self.right.shape[1]
         # Even and odd columns apart, in pieces: a 32-bit word holds one of each.
         self.paired = dtype == "BF16" and self.columns % 2 == 0
-        self.pieces: list[tuple[slice, Array]] = []
+        self.pieces: list[tuple[slice, list[tuple[slice, Array]]]] = []
         if self.paired:
             for start in range(0, self.columns // 2, _PAIRS):
                 where = slice(start, min(start + _PAIRS, self.columns // 2))
-                part = self.right[:, 2 * where.start : 2 * where.stop]
-                self.pieces.append((where, np.stack([part[:, 0::2], part[:, 1::2]])))
+                self.pieces.append((where, self._products(where)))
+
+    def _products(self, where: slice) -> list[tuple[slice, Array]]:
+        """The right factor's pairs *where*, `(2, rank, pairs)` for each product; the slices count
+        from *where*'s beginning."""
+        step = _UNPACKED // (_HEIGHT * max(1, self.right.shape[0])) // _STEP * _STEP or _PAIRS
+        found = []
+        for start in range(where.start, where.stop, step):
+            stop = min(start + step, where.stop)
+            part = self.right[:, 2 * start : 2 * stop]
+            inside = slice(start - where.start, stop - where.start)
+            found.append((inside, np.stack([part[:, 0::2], part[:, 1::2]])))
+        return found
 
     def block(self, rows: slice) -> Array:
         """The delta's *rows*, whole."""
@@ -70,8 +85,8 @@ class Scratch:
     """One worker's buffers, used again for every block: fresh pages cost more than the sums."""
 
     def __init__(self) -> None:
-        self._sums = np.empty(2 * ROWS * _PAIRS, np.float32)
-        self._words = np.empty(2 * ROWS * _PAIRS, np.uint32)
+        self._sums = np.empty(2 * _HEIGHT * _PAIRS, np.float32)
+        self._words = np.empty(2 * _HEIGHT * _PAIRS, np.uint32)
 
     def buffers(self, rows: int, width: int) -> tuple[Array, Array]:
         """Sums and spare words, `(2, rows, width)` each; contiguous, also for a narrow piece."""
@@ -110,11 +125,14 @@ def add_block(
 
 
 def _add_pairs(words: Array, delta: FactoredDelta, rows: slice, scratch: Scratch) -> None:
-    left = delta.left[rows]
-    for where, halves in delta.pieces:
-        sums, spare = scratch.buffers(left.shape[0], where.stop - where.start)
-        np.matmul(left, halves, out=sums)
-        _round_pairs(words[:, where], sums, spare)
+    for top in range(0, len(words), _HEIGHT):
+        some = words[top : top + _HEIGHT]
+        left = delta.left[rows.start + top : rows.start + top + len(some)]
+        for where, products in delta.pieces:
+            sums, spare = scratch.buffers(len(some), where.stop - where.start)
+            for inside, halves in products:
+                np.matmul(left, halves, out=sums[:, :, inside])
+            _round_pairs(some[:, where], sums, spare)
 
 
 def _round_pairs(words: Array, sums: Array, spare: Array) -> None:

@@ -30,7 +30,7 @@ from harness.merge.recipe import Recipe
 from harness.merge.report import AdapterRecord, MergeReport
 from harness.merge.storage import DTYPE_NAMES
 from harness.merge.strategies import StrategyOptions, coefficients, find_strategy
-from harness.merge.streaming import Progress, default_workers, write_shards
+from harness.merge.streaming import Flusher, Progress, default_workers, write_shards
 from harness.merge.targets import MERGEABLE, check_saved_weights, place
 from harness.stack import Adapter, Base
 from harness.staging import staged_folder
@@ -135,17 +135,22 @@ def merge_lora_adapters(
     )
     recipe = Recipe(strategy=strategy, coefficients=factors, options=options)
     threads = workers or default_workers()
-    with staged_folder(target, replace=force) as staged, ThreadPoolExecutor(1) as aside:
+    with (
+        staged_folder(target, replace=force) as staged,
+        ThreadPoolExecutor(1) as aside,
+        Flusher() as flusher,
+    ):
         # Remembered from an earlier run, or read on a core's spare time while the shards are made.
         hashing = aside.submit(file_digests, [shard.path for shard in checkpoint.shards])
         copy_beside(checkpoint.folder, staged, beside)
         notes += _write_texts(staged, checkpoint, plan, found)
-        write_shards(staged, plan, recipe, workers=threads, progress=progress)
+        write_shards(staged, plan, recipe, workers=threads, flusher=flusher, progress=progress)
         tensors = (
             ()
             if verify == "none"
             else prove(staged, plan, recipe, names, verify=verify, workers=threads)
         )
+        flusher.wait()
         sha256 = {"base": _by_name(hashing.result())}
         if verify == "full":
             sha256["output"] = _by_name(file_digests(staged / s.name for s in plan.shards))

@@ -167,7 +167,9 @@ class MergeReport:
         lines += ["", "## What was checked", "", *self.summary()]
         lines += ["", *(f"> {note}" for note in self.notes)] if self.notes else []
         if self.tensors:
-            lines += ["", "## Tensors whose delta lost most to rounding", ""]
+            merge = self.kind == "merge"
+            what = "Tensors whose delta lost most to rounding" if merge else "Modules most off"
+            lines += ["", f"## {what}", ""]
             lines += ["| tensor | ‖W‖ | ‖ΔW‖ | survived | unmoved | exact | max error |"]
             lines += ["|---|---:|---:|---:|---:|---:|---:|"]
             worst = sorted(self.tensors, key=lambda row: (-row.rounding_loss, row.name))
@@ -187,6 +189,15 @@ class MergeReport:
         if loss is None or exact is None or unmoved is None:
             return ("Nothing was read back (verify: none).",)
         checked = sum(row.checked for row in self.tensors)
+        if self.kind == "flatten":
+            how = f"of rank {self.details['rank']}, stored as {self.dtype}"
+            if self.options["truncated_to"] is not None:
+                how += f", truncated from {self.details['sum of ranks']}"
+            return (
+                f"- {checked:,} entries of ΔW in {len(self.tensors)} modules were held against "
+                f"float64 ({self.verify})",
+                f"- the one adapter ({how}) is off by {loss:.2g} of ‖ΔW‖",
+            )
         lines = [
             f"- {checked:,} entries of {len(self.tensors)} tensors were read back "
             f"({self.verify}); {exact:.4%} equal the rounded float64 result",

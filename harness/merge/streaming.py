@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from harness.merge.recipe import Recipe, make_delta, splittable
 from harness.merge.storage import RAW, decode, encode
 from harness.tensor_files import DTYPE_BYTES
 
-__all__ = ["Progress", "default_workers", "write_shards"]
+__all__ = ["Flusher", "Progress", "default_workers", "write_shards"]
 
 Array = NDArray[Any]
 #: Called with bytes done and bytes in all.
@@ -58,6 +58,33 @@ class _Cancelled(Exception):
     """Another worker failed."""
 
 
+class Flusher:
+    """Sends files to the disk in the background: it works while others are computed and proven."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
+        self._held: list[int] = []
+        self._flushes: list[Future[None]] = []
+
+    def __call__(self, descriptor: int) -> None:
+        """Begin to flush the file of *descriptor*, which may be closed meanwhile."""
+        self._held.append(os.dup(descriptor))
+        self._flushes.append(self._pool.submit(os.fdatasync, self._held[-1]))
+
+    def wait(self) -> None:
+        """Until everything is on disk; raises the `OSError` of what could not be written."""
+        for flush in self._flushes:
+            flush.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for descriptor in self._held:
+            os.close(descriptor)
+
+
 def default_workers() -> int:
     """One a core that this process may use, at most 8 (the disk is the limit then)."""
     return max(1, min(8, len(os.sched_getaffinity(0))))
@@ -69,9 +96,10 @@ def write_shards(
     recipe: Recipe,
     *,
     workers: int,
+    flusher: Flusher,
     progress: Progress | None = None,
 ) -> None:
-    """Write every shard of *plan* into *folder*.
+    """Write every shard of *plan* into *folder*; *flusher* is given each as soon as it is whole.
 
     Raises:
         InputError: a result that its dtype cannot hold.
@@ -95,7 +123,7 @@ def write_shards(
         worker = _Worker(outputs, sources, recipe, stop)
         # One thread a worker: threads inside BLAS would fight them, and could cut the sums anew.
         with threadpool_limits(limits=1, user_api="blas"):
-            _run_all(tasks, worker, workers, stop, progress, outputs)
+            _run_all(tasks, worker, workers, stop, progress, lambda n: flusher(outputs[n]))
     finally:
         for descriptor in (*sources.values(), *outputs):
             os.close(descriptor)
@@ -107,14 +135,12 @@ def _run_all(
     workers: int,
     stop: threading.Event,
     progress: Progress | None,
-    outputs: Sequence[int],
+    finished_shard: Callable[[int], None],
 ) -> None:
     total = sum(task.size for task in tasks)
     done = 0
     left = Counter(task.shard for task in tasks)
-    flushes: list[Future[None]] = []
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="merge")
-    flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
     try:
         pending: dict[Future[None], _Task] = {pool.submit(worker, t): t for t in tasks}
         while pending:
@@ -126,16 +152,13 @@ def _run_all(
                 task = pending.pop(future)
                 done += task.size
                 left[task.shard] -= 1
-                if not left[task.shard]:  # the disk works while the next shard is computed
-                    flushes.append(flusher.submit(os.fdatasync, outputs[task.shard]))
+                if not left[task.shard]:
+                    finished_shard(task.shard)
             if progress is not None:
                 progress(done, total)
-        for flush in flushes:
-            flush.result()
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        flusher.shutdown(wait=True, cancel_futures=True)
 
 
 def _new_file(path: Path, shard: ShardPlan) -> int:

@@ -10,24 +10,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from harness.adapter_files import KEY_PREFIX
+from harness.adapter_files import KEY_PREFIX, unwrapped
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
 from harness.merge.factors import Source, Term
 from harness.merge.strategies import Kind, Strategy
 from harness.tensor_files import TensorEntry, TensorFile, same_bytes
 
-__all__ = ["MERGEABLE", "Placement", "SavedTensor", "check_saved_weights", "place"]
+__all__ = [
+    "EXPERT_PARTS",
+    "MERGEABLE",
+    "Placement",
+    "SavedTensor",
+    "check_saved_weights",
+    "place",
+    "stores_experts_transposed",
+]
 
 #: What makes an adapter more than `W + s·B·A` (keys of its config) and can be merged all the same.
 MERGEABLE = frozenset({"modules_to_save", "target_parameters"})
 
 _HEAD = "lm_head"
-_WRAPPER = ".base_layer"
-# The parameters of a fused experts module, in the order in which transformers registers them:
-# PEFT wraps them one around the other in this order, the first innermost.
-_FUSED = ("gate_up_proj", "down_proj")
-_HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+#: How the rows of a fused parameter are stored where a file holds its experts one by one.
+EXPERT_PARTS: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
 # Families whose fused experts are `(experts, in, out)`: transformers' `is_transposed`.
 _FLIPPED = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
@@ -118,49 +126,27 @@ def check_saved_weights(
 
 
 def _terms(checkpoint: CheckpointFiles, source: Source) -> list[tuple[str, Term]]:
-    levels: dict[str, int] = {}
-    if source.files.config.raw.get("target_parameters"):
-        for module in source.files.pairs:
-            levels[_unwrapped(module)] = levels.get(_unwrapped(module), 0) + 1
+    files = source.files
     found: list[tuple[str, Term]] = []
-    for module in source.files.pairs:
-        parameters = _targeted(source, _unwrapped(module)) if levels else ()
-        if not parameters:
-            term = Term(source=source, module=module)
-            found.append((_weight_of(checkpoint, term), term))
-            continue
-        inner = _unwrapped(module)
-        if len(parameters) != levels[inner]:
+    for module in files.pairs:
+        inner, parameter = unwrapped(module), files.parameter(module)
+        if parameter is None and (named := files.targeted(module)):
+            held = sum(unwrapped(other) == inner for other in files.pairs)
             raise InputError(
-                f"{inner!r} holds {levels[inner]} adapted parameters, target_parameters names "
-                f"{len(parameters)} ({', '.join(parameters)})",
-                where=source.files.tensors.path,
+                f"{inner!r} holds {held} adapted parameters, target_parameters names "
+                f"{len(named)} ({', '.join(named)})",
+                where=files.tensors.path,
                 remedy="save the adapter again",
             )
-        depth = module.count(_WRAPPER) - inner.count(_WRAPPER)
-        parameter = parameters[len(parameters) - 1 - depth]
-        if parameter == "weight":
-            term = Term(source=source, module=module, parameter=f"{inner}.weight")
+        if parameter is None:
+            term = Term(source=source, module=module)
+            found.append((_weight_of(checkpoint, term), term))
+        elif parameter == f"{inner}.weight":
+            term = Term(source=source, module=module, parameter=parameter)
             found.append((_weight_of(checkpoint, term, inner), term))
         else:
             found += _experts(checkpoint, source, module, inner, parameter)
     return found
-
-
-def _unwrapped(module: str) -> str:
-    while module.endswith(_WRAPPER):
-        module = module.removesuffix(_WRAPPER)
-    return module
-
-
-def _targeted(source: Source, module: str) -> tuple[str, ...]:
-    """The parameters of *module* that `target_parameters` names, in PEFT's order of wrapping."""
-    targets = source.files.config.raw.get("target_parameters") or ()
-    return tuple(
-        name
-        for name in (*_FUSED, "weight")
-        if any(f".{module}.{name}".endswith(f".{target}") for target in targets)
-    )
 
 
 def _weight_of(checkpoint: CheckpointFiles, term: Term, module: str | None = None) -> str:
@@ -189,14 +175,18 @@ def _check_shape(
         )
 
 
+def stores_experts_transposed(checkpoint: CheckpointFiles) -> bool:
+    """Whether stacked experts are `(experts, in, out)` in *checkpoint*."""
+    return checkpoint.config.get("model_type") in _FLIPPED
+
+
 def _experts(
-    checkpoint: CheckpointFiles, source: Source, module: str, inner: str, parameter: str
+    checkpoint: CheckpointFiles, source: Source, module: str, inner: str, full: str
 ) -> list[tuple[str, Term]]:
     """One term an expert; two where gate and up are stored apart."""
     experts = source.files.pairs[module].experts
-    full = f"{inner}.{parameter}"
     stacked = checkpoint.stored_name(full)
-    flipped = checkpoint.config.get("model_type") in _FLIPPED
+    flipped = stores_experts_transposed(checkpoint)
     found: list[tuple[str, Term]] = []
     if stacked is not None:
         for expert in range(experts):
@@ -208,7 +198,7 @@ def _experts(
         return found
     for expert in range(experts):
         start = 0
-        for half in _HALVES[parameter]:
+        for half in EXPERT_PARTS[full.rpartition(".")[2]]:
             name = checkpoint.stored_name(f"{inner}.{expert}.{half}.weight")
             if name is None:
                 raise InputError(

@@ -248,6 +248,8 @@ def test_expert_parameters_are_analysed_expert_by_expert(tmp_path: Path) -> None
     dense = layer.get_delta_weight("default").detach().double()
     for expert in range(4):
         (found,) = [
-            m for m in figures.modules if m.module == f"model.layers.1.mlp.experts#{expert}"
+            m
+            for m in figures.modules
+            if m.module == f"model.layers.1.mlp.experts.down_proj#{expert}"
         ]
         assert found.norm_delta == pytest.approx(float(dense[expert].norm()), rel=1e-6)

@@ -51,37 +51,90 @@ def test_conv1d_adapters_are_set_against_the_transposed_base(tmp_path: Path) -> 
         assert module.intruders == int(foreign.sum())
 
 
-def test_two_expert_parameters_of_one_module_are_analysed_apart(tmp_path: Path) -> None:
+_EXPERTS = ("mlp.experts.down_proj", "mlp.experts.gate_up_proj")
+
+
+def _of_experts(folder: Path, *parameters: str, seed: int) -> Any:
+    """A PEFT model of a tiny Qwen3-MoE, saved to *folder*, its experts' parameters adapted."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from harness.analysis import findings_of
     from harness.testing.tiny import tiny_model
 
     config = LoraConfig(
         r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM",
-        target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        target_parameters=list(parameters),
     )  # fmt: skip
     wrapped = get_peft_model(tiny_model("qwen3_moe"), config)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    wrapped.save_pretrained(tmp_path / "a")
+    wrapped.save_pretrained(folder)
+    return wrapped.base_model.model.model.layers[1].mlp.experts
+
+
+def _deltas(layer: Any) -> Any:
+    return layer.get_delta_weight("default").detach().double()
+
+
+def test_two_expert_parameters_of_one_module_are_analysed_apart(tmp_path: Path) -> None:
+    outer = _of_experts(tmp_path / "a", *_EXPERTS, seed=0)
     figures = _figures(tmp_path / "a")
     found = {module.module: module for module in figures.modules}
     assert len(found) == 2 * (1 + 2 * 4)
-    outer = wrapped.base_model.model.model.layers[1].mlp.experts
-    for layer, name in ((outer, "experts"), (outer.base_layer, "experts.base_layer")):
-        dense = layer.get_delta_weight("default").detach().double()
-        for expert in range(4):
-            module = found[f"model.layers.1.mlp.{name}#{expert}"]
-            assert module.norm_delta == pytest.approx(float(dense[expert].norm()), rel=1e-6)
-            assert (module.out_features, module.in_features) == tuple(dense[expert].shape)
+    for layer, name in ((outer, "down_proj"), (outer.base_layer, "gate_up_proj")):
+        assert layer.parameter_name == name
+        for expert, dense in enumerate(_deltas(layer)):
+            module = found[f"model.layers.1.mlp.experts.{name}#{expert}"]
+            assert module.norm_delta == pytest.approx(float(dense.norm()), rel=1e-6)
+            assert (module.out_features, module.in_features) == tuple(dense.shape)
     assert {module.kind for module in figures.modules} == {
-        "q_proj", "experts", "experts.base_layer",
+        "q_proj", "experts.down_proj", "experts.gate_up_proj",
     }  # fmt: skip
-    assert any("base_layer" in finding.text for finding in findings_of(figures))
+
+
+def test_experts_are_compared_by_parameter_however_peft_wraps_them(tmp_path: Path) -> None:
+    from harness.analysis.running import compare
+
+    both = _of_experts(tmp_path / "both", *_EXPERTS, seed=1)
+    # Alone, gate_up_proj is saved under the name that down_proj has beside it.
+    alone = _of_experts(tmp_path / "alone", "mlp.experts.gate_up_proj", seed=2)
+    (pair,) = compare([tmp_path / "both", tmp_path / "alone"]).pairs
+    found = {module.module: module for module in pair.modules}
+    assert len(found) == 2 * (1 + 4)
+    assert {name.partition("#")[0] for name in pair.only_first} == {
+        f"model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)
+    }
+    assert pair.only_second == ()
+    for expert, (one, two) in enumerate(zip(_deltas(both.base_layer), _deltas(alone), strict=True)):
+        expected = float((one * two).sum() / (one.norm() * two.norm()))
+        module = found[f"model.layers.1.mlp.experts.gate_up_proj#{expert}"]
+        assert module.cosine == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_set_against_the_bases_own(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from harness.testing.tiny import AdapterSpec, tiny_adapter, tiny_base
+    from harness.tests.merge.test_kinds import gpt_oss
+
+    if family == "gpt_oss":
+        base = gpt_oss(tmp_path / "base")
+    else:
+        base = tiny_base(tmp_path / "base", family)
+    spec = AdapterSpec(targets=("q_proj",), options={"target_parameters": list(_EXPERTS)})
+    figures = _figures(tiny_adapter(tmp_path / "a", base, spec, seed=1), base_model=base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    assert len(figures.modules) > 2
+    for module in figures.modules:
+        name, _, expert = module.module.partition("#")
+        weight = dict(model.named_parameters())[name if expert else f"{name}.weight"]
+        own = weight[int(expert)] if expert else weight
+        expected = module.norm_delta / float(own.detach().double().norm())
+        assert module.relative_norm == pytest.approx(expected, rel=1e-6), module.module
 
 
 def _cached(home: Path, repository: str, folder: Path) -> None:

@@ -183,7 +183,10 @@ def test_without_matplotlib_there_are_figures_and_no_plots(
     monkeypatch.delitem(sys.modules, "harness.analysis.plots", raising=False)
     monkeypatch.delattr("harness.analysis.plots", raising=False)
     folder = layered_adapter(tmp_path / "a", seed=1)
-    figures = analyze_lora_weights(folder, output_dir=tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"pip install 'lora-stack-harness\[plots\]'") as said:
+        figures = analyze_lora_weights(folder, output_dir=tmp_path / "out")
+    assert len(said) == 1
+    assert said[0].filename == __file__
     assert draw(figures) is None
     assert not (tmp_path / "out/plots").exists()
     assert "data:image" not in (tmp_path / "out/report.html").read_text()
@@ -201,8 +204,13 @@ def test_the_unified_report_holds_analysis_merge_outputs_and_latency(tmp_path: P
     analyzer.analyze_lora_weights(stack.adapters["style"])
     figures = analyzer.compare_lora_adapters(stack.adapters)
     assert figures.names == ("style", "instruct")
-    merged = analyzer.merge_lora_adapters(stack.base, stack.adapters)
-    assert (Path(merged.output) / "config.json").is_file()
+    adapters = list(stack.adapters.values())
+    merged = analyzer.merge_lora_adapters(
+        stack.base, adapters, output_name="both", merge_strategy="weighted", weights=[0.7, 0.3]
+    )
+    assert Path(merged.output) == tmp_path / "runs" / "both"
+    assert [adapter.weight for adapter in merged.adapters] == [0.7, 0.3]
+    assert (tmp_path / "runs" / "both" / "config.json").is_file()
     said = Completion(
         prompt=Prompt(id="spring", text="Spring"), mode="stacked", text="blossom", token_ids=(5, 6),
         stop_reason=StopReason.EOS, application=Application.LIVE, prompt_token_ids=(1,),

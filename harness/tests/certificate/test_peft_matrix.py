@@ -78,7 +78,7 @@ def test_every_lora_configuration_that_peft_tests_has_its_delta_or_its_reason(
     model = PeftModel.from_pretrained(base, tmp_path / "adapter")
     ours = {pair.pair.module: pair.pair for pair in open_adapter(tmp_path / "adapter").pairs()}
     adapted = {
-        name.removeprefix("base_model.model."): layer
+        _plain_name(name.removeprefix("base_model.model."), layer): layer
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
@@ -97,6 +97,13 @@ def test_every_lora_configuration_that_peft_tests_has_its_delta_or_its_reason(
             bound = 4 * torch.finfo(torch.float32).eps * pair.rank**0.5
             assert float(mine.norm()) > 0, module
             assert float((mine - other).norm()) <= bound * float(mine.norm()), module
+
+
+def _plain_name(module: str, layer: Any) -> str:
+    """A fused parameter's own name, whatever PEFT wrapped around it."""
+    parameter = getattr(layer, "parameter_name", "weight")
+    inner = module.replace(".base_layer", "")
+    return module if parameter == "weight" else f"{inner}.{parameter}"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 
@@ -51,6 +53,27 @@ def test_a_failed_gate_exits_1_and_bad_input_2(tiny, tmp_path, capsys):
     assert main([*line, "--merge-strategy", "weighted", "--weights", "nan"]) == 2
     assert "not a finite number" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_sees_bytes_and_time_left_and_a_pipe_sees_no_bar(tiny, tmp_path):
+    code = "import sys; from harness.cli import main; sys.exit(main(sys.argv[1:]))"
+    line = [sys.executable, "-c", code, "merge", "--base", str(tiny.base)]
+    line += ["--adapters", str(tiny.adapters["style"]), "--output"]
+    settings = {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "120"}
+    ours, theirs = pty.openpty()
+    subprocess.run(
+        [*line, str(tmp_path / "shown")], stderr=theirs, stdout=subprocess.DEVNULL, check=True,
+        env=os.environ | settings,
+    )  # fmt: skip
+    os.close(theirs)
+    said = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert re.search(r"(\d+\.\d)/\1 kB\S* \S*\d:\d\d:\d\d", said), said
+    piped = subprocess.run(
+        [*line, str(tmp_path / "piped")], capture_output=True, text=True, check=True,
+        env=os.environ | settings,
+    )  # fmt: skip
+    assert piped.stderr == ""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--base", "B", "--output", "O", "--adapters"]])

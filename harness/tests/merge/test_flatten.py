@@ -110,6 +110,8 @@ def test_a_truncation_is_the_best_and_reports_its_error(tiny, tmp_path):
     assert report.details["relative truncation error"] == pytest.approx((lost / norm) ** 0.5)
     assert report.details["max_lora_rank"] == 8
     assert report.rounding_loss == pytest.approx((lost / norm) ** 0.5, rel=0.1)
+    said = "\n".join(report.summary())
+    assert f"truncated from {report.details['sum of ranks']}) is off by" in said
 
 
 def test_two_runs_write_the_same_bytes(tiny, tmp_path):

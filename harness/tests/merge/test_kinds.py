@@ -87,7 +87,7 @@ def test_one_fused_parameter_alone_is_found_by_its_place(moe, tmp_path, paramete
     assert_same_model(tmp_path / "out", peft_merged(base, [adapter]))
 
 
-def _gpt_oss(folder: Path, **more: Any) -> Path:
+def gpt_oss(folder: Path, **more: Any) -> Path:
     """Experts stacked in one tensor of the file, `(experts, in, out)`."""
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
@@ -106,7 +106,7 @@ def _gpt_oss(folder: Path, **more: Any) -> Path:
 def test_experts_stacked_in_the_file_merge_expert_by_expert(tmp_path):
     from harness.testing.tiny import AdapterSpec, tiny_adapter
 
-    base = _gpt_oss(tmp_path / "base")
+    base = gpt_oss(tmp_path / "base")
     spec = AdapterSpec(targets=("q_proj",), options={"target_parameters": _EXPERTS})
     adapter = tiny_adapter(tmp_path / "adapter", base, spec, seed=3)
     report = merge_lora_adapters(base, [adapter], tmp_path / "out", verify="full")
