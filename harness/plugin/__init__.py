@@ -30,6 +30,7 @@ from harness.plugin.latency import (
     skip_without_meaning,
 )
 from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
+from harness.plugin.saving import UNSAVED, check_saving, save_whole
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
 from harness.plugin.summary import (
     case_of,
@@ -118,6 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # A stack that cannot be had is an error before any test is collected.
         try:
             _ = setting.stack, setting.preset
+            check_saving(config)
         except InputError as error:
             raise pytest.UsageError(shown(str(error))) from None
         if os.environ.get("CI") and config.getoption("update_snapshots", False):
@@ -381,7 +383,10 @@ def _concluded(item: pytest.Item) -> list[Judged]:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if session.config.stash[SETTING].asked_for and not hasattr(session.config, "workerinput"):
+    if not session.config.stash[SETTING].asked_for:
+        return
+    save_whole(session.config)
+    if not hasattr(session.config, "workerinput"):
         # A scheduler's SIGTERM ends the session as Ctrl-C does: with a summary of what ran.
         ending = contextlib.ExitStack()
         ending.enter_context(terminable())
@@ -397,6 +402,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
+    if config.stash.get(UNSAVED, []) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if not config.stash[SETTING].asked_for or ORPHANS in config.stash:
         return
     orphans = find_orphans(config)
@@ -416,4 +423,8 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     write_summary(terminalreporter, config)
-    write_end(terminalreporter, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
+    write_end(
+        terminalreporter,
+        interrupted=exitstatus == pytest.ExitCode.INTERRUPTED,
+        unsaved=config.stash.get(UNSAVED, []),
+    )

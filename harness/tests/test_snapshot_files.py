@@ -1,5 +1,7 @@
 """A snapshot's two files are written and read as one, whoever else writes, whenever killed."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -38,23 +40,22 @@ def test_pair_is_read_back(tmp_path):
 def test_stopped_between_any_two_steps_the_old_or_the_new_is_there(tmp_path, monkeypatch, stop):
     path = tmp_path / "case.toml"
     write_pair(path, TEXT, b"old")
-    from harness import snapshot_files
+    real, calls = os.replace, []
 
-    real, calls = snapshot_files.write_bytes, []
-
-    def stopped(place, data):
-        calls.append(place)
+    def stopped(source, target):
+        calls.append(target)
         if len(calls) == stop:
             raise KeyboardInterrupt
-        real(place, data)
+        real(source, target)
 
-    monkeypatch.setattr(snapshot_files, "write_bytes", stopped)
+    monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_pair(path, b"new", b"new")
     monkeypatch.undo()
     pair = read_pair(path)
     expected = {1: (TEXT, b"old"), 2: (TEXT, b"old"), 3: (b"new", b"new")}[stop]
     assert (pair.text, evidence_of(pair, where=path)) == expected
+    assert sorted(os.listdir(tmp_path)) == ["case.evidence", "case.toml"]
     write_pair(path, b"next", b"next")
     assert evidence_of(read_pair(path), where=path) == b"next"
 
@@ -104,6 +105,60 @@ def test_missing_sidecar_and_a_folder_in_the_way_are_said(tmp_path):
         read_pair(path)
     with pytest.raises(InputError, match="cannot be written: Is a directory"):
         write_pair(path, TEXT, b"")
+
+
+def test_writing_what_is_there_writes_nothing(tmp_path):
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    before = [file.stat() for file in (path, sidecar_of(path))]
+    write_pair(path, TEXT, b"evidence")
+    assert [file.stat() for file in (path, sidecar_of(path))] == before
+    write_pair(path, TEXT, b"other")
+    assert path.stat() == before[0]
+    assert evidence_of(read_pair(path), where=path) == b"other"
+
+
+def held(path):
+    """A lock on the sidecar, as another process that writes there holds it."""
+    descriptor = os.open(sidecar_of(path), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def test_a_stopped_writer_stops_no_reader_and_makes_the_next_writer_say_so(tmp_path, monkeypatch):
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    monkeypatch.setattr("harness.snapshot_files._PATIENCE_TO_READ", 0.01)
+    monkeypatch.setattr("harness.snapshot_files._PATIENCE_TO_WRITE", 0.01)
+    descriptor = held(path)
+    with pytest.raises(InputError, match=r"case\.toml: .*another process has held it"):
+        write_pair(path, b"new", b"new")
+    assert evidence_of(read_pair(path), where=path) == b"evidence"
+    write_pair(tmp_path / "other.toml", b"new", b"new")  # its neighbours do not wait
+    os.close(descriptor)
+    write_pair(path, b"new", b"new")
+    assert evidence_of(read_pair(path), where=path) == b"new"
+
+
+def test_without_locks_pairs_are_written_and_read_all_the_same(tmp_path, monkeypatch):
+    def none(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    path = tmp_path / "case.toml"
+    for text in (TEXT, b"new"):
+        write_pair(path, text, text)
+        assert evidence_of(read_pair(path), where=path) == text
+
+
+@pytest.mark.parametrize("name", ["case.toml", "case.evidence"])
+def test_a_pipe_in_the_place_of_a_file_is_no_wait(tmp_path, name):
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="is no regular file"):
+        read_pair(path)
 
 
 # Every text names its evidence, so that a reader can tell a mixture. One process imports and forks.
