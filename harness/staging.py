@@ -300,6 +300,9 @@ def _sync(path: Path) -> None:
 
 def _unwritable(path: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        file = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+        reason = reason if file is None else f"{file} is no folder"
     return InputError(
         f"cannot be written: {reason}",
         where=path,

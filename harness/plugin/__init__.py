@@ -241,6 +241,13 @@ def lora_engine(pytestconfig: pytest.Config, lora_stack: AdapterStack) -> Iterat
         )
     except InputError as error:
         pytest.fail(shown(str(error)), pytrace=False)
+    except Exception as error:
+        from harness.engines.faults import device_fault
+
+        fault = device_fault(error)
+        if fault is None:
+            raise
+        pytest.fail(shown(f"{fault.said} → {fault.remedy}"), pytrace=False)
     with engine:
         yield engine
 
@@ -426,5 +433,5 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     write_end(
         terminalreporter,
         interrupted=exitstatus == pytest.ExitCode.INTERRUPTED,
-        unsaved=config.stash.get(UNSAVED, []),
+        unsaved=config.stash.get(UNSAVED, None) or (),
     )

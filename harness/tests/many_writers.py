@@ -9,6 +9,7 @@ Prints a JSON object. A benchmark is saved as a user does it: by a pytest sessio
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,7 @@ from typing import NoReturn
 from harness.completion import Prompt
 from harness.snapshot import read_snapshot, snapshot_of, write_form
 from harness.snapshot_files import evidence_of, read_pair, write_pair
+from harness.staging import check_place
 from harness.tests.values import completion
 
 _TOKENS = 400
@@ -129,9 +131,10 @@ def _benchmark(folder: Path, value: int, begun: Callable[[], object]) -> None:
         def pytest_benchmark_update_json(self) -> None:
             begun()
 
+    kept = folder / "benchmark.json"
     code = pytest.main(
         [str(test), "-q", "--preset=elegant_style", "-p", "no:cacheprovider", "-p", "no:xdist",
-         f"--rootdir={folder}", f"--benchmark-json={folder / 'benchmark.json'}"],
+         "--benchmark-quiet", f"--rootdir={folder}", f"--benchmark-json={kept}"],
         plugins=[Saving()],
     )  # fmt: skip
     assert code == 0, code
@@ -168,7 +171,8 @@ def kill(folder: Path, what: str, kills: int) -> dict[str, int]:
     are drawn up to a horizon that shrinks when the writer finishes first and grows when it is
     caught."""
     killed = KILLED[what]
-    _in_a_child(lambda: killed.write(folder, 0, lambda: None))
+    with _nothing_said():
+        killed.write(folder, 0, lambda: None)  # here: what it imports, no child imports again
     current = killed.state(folder)
     seen = {"killed": 0, "old": 0, "new": 0, "partial": 0, "lost": 0}
     chance, horizon, value = random.Random(0), 0.02, 0
@@ -201,22 +205,25 @@ def kill(folder: Path, what: str, kills: int) -> dict[str, int]:
     old = time.time() - 60
     for entry in folder.rglob(".staging*"):
         os.utime(entry, (old, old))
-    _in_a_child(lambda: killed.write(folder, value + 1, lambda: None))
+    for parent in {entry.parent for entry in folder.rglob(".staging*")}:
+        check_place(parent / "next")  # sweeps, as the next process that writes there does
     return seen | {"litter": len(_litter(folder))}
 
 
-def _in_a_child(work: Callable[[], object]) -> None:
-    child = os.fork()
-    if child == 0:
-        _quietly(work)
-    assert os.waitpid(child, 0)[1] == 0
+@contextlib.contextmanager
+def _nothing_said() -> Iterator[None]:
+    """Standard output goes nowhere."""
+    kept = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    yield
+    os.dup2(kept, 1)
 
 
 def _quietly(work: Callable[[], object]) -> NoReturn:
     """Do it and end this process, with nothing on standard output."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        work()
+        with _nothing_said():
+            work()
         os._exit(0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -14,7 +14,13 @@ ASKED = ("--preset=elegant_style", "-p", "no:cacheprovider")  # a stack is asked
 @pytest.fixture
 def project(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    pytester.makepyfile("def test_one(benchmark): benchmark.pedantic(int, rounds=2)")
+    pytester.makepyfile(
+        """
+        def test_one(benchmark):
+            benchmark.extra_info["much"] = "x" * 200_000
+            benchmark.pedantic(int, rounds=2)
+        """
+    )
     return pytester
 
 
@@ -34,7 +40,7 @@ def test_both_ways_of_saving_write_what_pytest_benchmark_writes(project):
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_test(project):
     (project.path / "file").write_text("")
-    for place, fault in [("file/b.json", "Not a directory"), (".", "is a folder")]:
+    for place, fault in [("file/b.json", "file is no folder"), (".", "is a folder")]:
         result = project.runpytest_subprocess(*ASKED, f"--benchmark-json={place}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         result.stderr.fnmatch_lines([f"*{place}: *{fault}* → *"])
@@ -52,7 +58,7 @@ def test_a_full_disk_is_told_and_the_old_file_stays(project):
         @pytest.hookimpl(trylast=True)
         def pytest_benchmark_update_json(output_json):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         """
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
