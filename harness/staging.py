@@ -161,12 +161,12 @@ def _refuse(target: Path, replace: bool, inputs: Iterable[Path]) -> None:
     if target.is_symlink():
         raise InputError("is a link", where=target, remedy="name a new folder")
     if target.exists() and not target.is_dir():
-        raise InputError("is a file", where=target, remedy="name a folder")
+        raise InputError("is a file", where=target, remedy="name a new folder")
     try:
-        full = not replace and target.is_dir() and any(target.iterdir())
+        full = target.is_dir() and any(target.iterdir())
     except OSError as error:
         raise _unwritable(target, error) from error
-    if full:
+    if full and not replace:
         raise InputError("is not empty", where=target, remedy="name a new folder")
 
 

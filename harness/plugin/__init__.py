@@ -380,6 +380,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return (yield)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """A snapshot that could not be written is a line; syrupy would show where it was raised."""
+    for side in (left, right):
+        results = getattr(side, "executions", None) or {}
+        last = list(results.values())[-1] if isinstance(results, dict) and results else None
+        if isinstance(error := getattr(last, "exception", None), InputError):
+            return [f"completion {op} snapshot", *shown(str(error)).split("\n")]
+    return None
+
+
 def _concluded(item: pytest.Item) -> list[Judged]:
     """The test's comparisons with snapshots, each recorded for review."""
     snapshot = getattr(item, "funcargs", {}).get("lora_snapshot")
