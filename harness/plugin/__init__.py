@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -380,15 +380,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return (yield)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+@pytest.hookimpl(wrapper=True)
+def pytest_assertrepr_compare(
+    op: str, left: object, right: object
+) -> Generator[None, list[Any], list[Any]]:
     """A snapshot that could not be written is a line; syrupy would show where it was raised."""
+    explained = yield
     for side in (left, right):
-        results = getattr(side, "executions", None) or {}
+        results = getattr(side, "executions", None)
         last = list(results.values())[-1] if isinstance(results, dict) and results else None
         if isinstance(error := getattr(last, "exception", None), InputError):
-            return [f"completion {op} snapshot", *shown(str(error)).split("\n")]
-    return None
+            return [[f"completion {op} snapshot", *shown(str(error)).split("\n")]]
+    return explained
 
 
 def _concluded(item: pytest.Item) -> list[Judged]:
@@ -441,8 +444,9 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     write_summary(terminalreporter, config)
+    unsaved: list[str] = config.stash.get(UNSAVED, [])
     write_end(
         terminalreporter,
         interrupted=exitstatus == pytest.ExitCode.INTERRUPTED,
-        unsaved=config.stash.get(UNSAVED, None) or (),
+        unsaved=unsaved,
     )

@@ -136,7 +136,7 @@ def fail_everywhere(writer: Writer, folder: Path, inputs: Path, code: int) -> di
         except Exception as error:
             seen["other errors"].append(f"{failed}: {type(error).__name__}: {error}")
         else:
-            assert look(folder) == after
+            assert look(folder) == after or (writer.optional and failed)
             if not failed:
                 return seen
             seen["absorbed"] += 1  # another way to the same end was taken, and it got there
@@ -158,6 +158,7 @@ def main() -> None:
     known = writers(tiny, root / "inputs")
     figures = {}
     for name in sys.argv[2:] or WRITERS:
+        print(f"{name} …", file=sys.stderr, flush=True)
         figures[name] = {
             "killed": kill_everywhere(known[name], root / "work", root / "inputs"),
             "full": fail_everywhere(known[name], root / "work", root / "inputs", errno.ENOSPC),

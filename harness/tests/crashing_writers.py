@@ -27,12 +27,14 @@ class Writer:
         before: lays the old state down (`old` is False for writers of new things only).
         write: what is killed; writes into the folder that it is given.
         look: the visible results in a folder by name; `_contents` if None.
+        optional: a write that fails is no error: nothing is remembered.
         gap: there may be no result for a moment, until the next writer puts the old one back.
     """
 
     write: Callable[[Path], object]
     before: Callable[[Path], object] | None = None
     look: Callable[[Path], dict[str, str]] | None = None
+    optional: bool = False
     gap: bool = False
 
 
@@ -185,15 +187,22 @@ def _decisions(folder: Path) -> dict[str, str]:
     return found | {f"broken {b.path.name}": b.fault for b in records.broken}
 
 
-def _pages(folder: Path) -> None:
+def _pages(inputs: Path) -> tuple[str, str]:
+    """The review as HTML and Markdown; made once: a page has a random nonce."""
     from harness.pending import read_records
     from harness.report.review_html import as_html
     from harness.report.review_markdown import as_markdown
+    from harness.tests.review.factory import a_grid
+
+    records = read_records(a_grid(inputs / "project"))
+    return as_html(records), as_markdown(records)
+
+
+def _review_pages(pages: tuple[str, str], folder: Path) -> None:
     from harness.staging import write_text
 
-    records = read_records(folder / "project")
-    write_text(folder / "pages" / "review.html", as_html(records))
-    write_text(folder / "pages" / "review.md", as_markdown(records))
+    write_text(folder / "review.html", pages[0])
+    write_text(folder / "review.md", pages[1])
 
 
 def _benchmark_file(folder: Path, value: int) -> None:
@@ -262,10 +271,10 @@ def writers(tiny: Any, inputs: Path) -> Mapping[str, Writer]:
     if tiny is None:
         return known
     from harness.analysis.running import analyze, compare
-    from harness.tests.review.factory import a_grid
 
     both = ["style", "instruct"]
     one, two = analyze(tiny.adapters["style"]), compare([tiny.adapters[name] for name in both])
+    pages = _pages(inputs)
     (inputs / "large").write_bytes(_LARGE)
     return known | {
         "snapshots": Writer(
@@ -277,7 +286,10 @@ def writers(tiny: Any, inputs: Path) -> Mapping[str, Writer]:
             write=lambda f: _pending(f, "n"), before=lambda f: _pending(f, "o")
         ),
         "review acceptance": Writer(write=_accept, before=_changed, look=_decisions),
-        "review pages": Writer(write=_pages, before=lambda f: a_grid(f / "project")),
+        "review pages": Writer(
+            write=lambda f: _review_pages(pages, f),
+            before=lambda f: _review_pages(("old", "old"), f),
+        ),
         "run report": Writer(write=lambda f: _report(tiny, f)),
         "analysis report": Writer(write=lambda f: _analysis(one, f)),
         "comparison report": Writer(write=lambda f: _analysis(two, f)),
@@ -290,9 +302,11 @@ def writers(tiny: Any, inputs: Path) -> Mapping[str, Writer]:
             write=lambda f: _lock(tiny, f, "n"), before=lambda f: _lock(tiny, f, "o")
         ),
         "digest cache": Writer(
-            write=lambda f: _digests(inputs, f), before=lambda f: _settled(inputs / "large")
+            write=lambda f: _digests(inputs, f),
+            before=lambda f: _settled(inputs / "large"),
+            optional=True,
         ),
-        "noise cache": Writer(write=_noise),
+        "noise cache": Writer(write=_noise, optional=True),
         "flatten": Writer(
             write=lambda f: _flatten(tiny, f, [1.0, 2.0]),
             before=lambda f: _flatten(tiny, f, [1.0, 1.0]),
