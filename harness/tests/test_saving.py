@@ -26,14 +26,14 @@ def project(pytester, monkeypatch):
 
 def test_both_ways_of_saving_write_what_pytest_benchmark_writes(project):
     place = project.path / "new" / "b.json"
-    result = project.runpytest_subprocess(*ASKED, f"--benchmark-json={place}", "--benchmark-save=x")
+    result = project.runpytest_inprocess(*ASKED, f"--benchmark-json={place}", "--benchmark-save=x")
     assert result.ret == 0
     (saved,) = project.path.glob(".benchmarks/*/0001_x.json")
     for file in (place, saved):
         (benchmark,) = json.loads(file.read_text())["benchmarks"]
         assert benchmark["name"] == "test_one"
     assert "0001_x.json" in result.stdout.str() + result.stderr.str()
-    assert project.runpytest_subprocess(*ASKED, "--benchmark-save=x").ret == 0
+    assert project.runpytest_inprocess(*ASKED, "--benchmark-save=x").ret == 0
     assert len(list(project.path.glob(".benchmarks/*/0002_x.json"))) == 1
     assert not list(project.path.rglob(".staging*"))
 
@@ -41,7 +41,7 @@ def test_both_ways_of_saving_write_what_pytest_benchmark_writes(project):
 def test_a_place_that_cannot_be_written_is_refused_before_any_test(project):
     (project.path / "file").write_text("")
     for place, fault in [("file/b.json", "file is no folder"), (".", "is a folder")]:
-        result = project.runpytest_subprocess(*ASKED, f"--benchmark-json={place}")
+        result = project.runpytest_inprocess(*ASKED, f"--benchmark-json={place}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         result.stderr.fnmatch_lines([f"*{place}: *{fault}* → *"])
         assert "test_one" not in result.stdout.str()
