@@ -70,3 +70,9 @@ def test_a_full_disk_is_told_and_the_old_file_stays(project):
     assert "INTERNALERROR" not in result.stdout.str()
     assert place.read_text() == "old"
     assert not list(project.path.rglob(".staging*"))
+
+
+def test_without_pytest_benchmark_nothing_is_missed(project):
+    project.makepyfile("def test_one(): pass")
+    result = project.runpytest_inprocess(*ASKED, "-p", "no:benchmark")
+    result.assert_outcomes(passed=1)

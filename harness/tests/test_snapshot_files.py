@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from harness.snapshot_files import (
     Pair,
     evidence_of,
     read_pair,
+    replace_pair,
     sidecar_bytes,
     sidecar_of,
     write_pair,
@@ -149,6 +152,53 @@ def test_without_locks_pairs_are_written_and_read_all_the_same(tmp_path, monkeyp
     for text in (TEXT, b"new"):
         write_pair(path, text, text)
         assert evidence_of(read_pair(path), where=path) == text
+
+
+def test_without_locks_what_stays_no_pair_is_told(tmp_path, monkeypatch):
+    def none(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    sidecar_of(path).unlink()
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert read_pair(path) == Pair(text=TEXT, sidecar=None)
+    sidecar_of(path).write_bytes(sidecar_bytes(b"other", b"evidence"))
+    with pytest.raises(InputError, match="line 1: was edited"):
+        evidence_of(read_pair(path), where=path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file: cannot be made: File exists"):
+        write_pair(tmp_path / "file" / "case.toml", TEXT, b"")
+    path = tmp_path / "case.toml"
+    path.write_bytes(TEXT)
+    sidecar_of(path).mkdir()
+    with pytest.raises(InputError, match=r"case\.toml: cannot be read: Is a directory"):
+        replace_pair(path, TEXT, sidecar_bytes(TEXT, b""), expected=("", ""))
+
+
+def test_an_edit_that_the_marks_do_not_show_is_noticed_all_the_same(tmp_path):
+    path = tmp_path / "case.toml"
+    write_pair(path, b"line 0", b"evidence")
+    mark = zlib.crc32(b"line 0") & 0xFF
+    other = next(
+        line for n in range(1, 10_000)
+        if zlib.crc32(line := f"line {n}".encode()) & 0xFF == mark
+    )  # fmt: skip
+    path.write_bytes(other)
+    with pytest.raises(InputError, match=r"case\.toml: was edited since it was accepted"):
+        evidence_of(read_pair(path), where=path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(21, 0xFF), (24, 0xFF), (4, 2)])
+def test_lengths_that_lie_under_a_right_checksum_are_damage(place, value):
+    body = bytearray(sidecar_bytes(TEXT, b"evidence")[:-8])
+    body[place] = value
+    lying = bytes(body) + hashlib.sha256(body).digest()[:8]
+    with pytest.raises(InputError, match="is damaged"):
+        evidence_of(Pair(text=TEXT, sidecar=lying), where="x.toml")
 
 
 @pytest.mark.parametrize("name", ["case.toml", "case.evidence"])
