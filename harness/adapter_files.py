@@ -135,10 +135,9 @@ def read_adapter(
             adapter has. All faults of the folder at once.
     """
     found: list[InputError] = []
-    config = tensors = None
+    tensors = None
     beyond: list[InputError] = []
-    with gathering(found):
-        config = read_adapter_config(folder, trust_remote_code=trust_remote_code)
+    config = _config(folder, found, trust_remote_code=trust_remote_code)
     if is_folder(folder):
         with gathering(found):
             tensors = _weights(folder, None if faults is None else beyond)
@@ -172,6 +171,17 @@ def read_adapter(
     return AdapterFiles(
         folder=folder, config=config, tensors=tensors, pairs=pairs, base_copies=base_copies
     )
+
+
+def _config(
+    folder: Path, faults: list[InputError], *, trust_remote_code: bool
+) -> AdapterConfig | None:
+    """The config; None if it is broken, and *faults* say how."""
+    try:
+        return read_adapter_config(folder, trust_remote_code=trust_remote_code)
+    except InputError as error:
+        faults += error.faults
+        return None
 
 
 def _weights(folder: Path, beyond: list[InputError] | None) -> TensorFile:

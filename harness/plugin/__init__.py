@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +19,8 @@ from harness.completion import Completion, Prompt
 from harness.errors import InputError
 from harness.interrupts import terminable
 from harness.options import spellings
-from harness.plugin.accepted import ACCEPTED, Accepted, Completions, Judged
+from harness.plugin.accepted import ACCEPTED, Accepted, Completions
+from harness.plugin.concluding import pytest_assertrepr_compare, pytest_runtest_makereport
 from harness.plugin.latency import (
     chosen_cells,
     lora_cell,
@@ -32,13 +33,7 @@ from harness.plugin.latency import (
 from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
 from harness.plugin.saving import UNSAVED, check_saving, save_whole
 from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
-from harness.plugin.summary import (
-    case_of,
-    outcome_of,
-    properties_of,
-    write_end,
-    write_summary,
-)
+from harness.plugin.summary import write_end, write_summary
 from harness.preset import Preset
 from harness.provenance import versions
 from harness.resolve import StackOptions, stack_from_options
@@ -54,8 +49,10 @@ __all__ = [
     "lora_cell",
     "lora_latency",
     "lora_measured",
+    "pytest_assertrepr_compare",
     "pytest_benchmark_update_json",
     "pytest_benchmark_update_machine_info",
+    "pytest_runtest_makereport",
 ]
 
 _MARKERS = (
@@ -366,41 +363,6 @@ def lora_judge(request: pytest.FixtureRequest) -> Callable[[Verdict], None]:
             pytest.fail(shown("\n".join(lines)), pytrace=False)
 
     return judge
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    # User properties travel to JUnit, and from xdist's workers to the controller's summary.
-    if call.when == "call" and (parameters := case_of(item)):
-        item.user_properties.extend(parameters.items())
-        judged = _concluded(item)
-        if not any(name == "lora_verdict" for name, _ in item.user_properties):
-            item.user_properties.append(("lora_verdict", outcome_of(call, judged).value))
-        item.user_properties.extend(properties_of(judged))
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_assertrepr_compare(
-    op: str, left: object, right: object
-) -> Generator[None, list[Any], list[Any]]:
-    """A snapshot that could not be written is a line; syrupy would show where it was raised."""
-    explained = yield
-    for side in (left, right):
-        results = getattr(side, "executions", None)
-        last = list(results.values())[-1] if isinstance(results, dict) and results else None
-        if isinstance(error := getattr(last, "exception", None), InputError):
-            return [[f"completion {op} snapshot", *shown(str(error)).split("\n")]]
-    return explained
-
-
-def _concluded(item: pytest.Item) -> list[Judged]:
-    """The test's comparisons with snapshots, each recorded for review."""
-    snapshot = getattr(item, "funcargs", {}).get("lora_snapshot")
-    accepted = item.config.stash.get(ACCEPTED, None)
-    if snapshot is None or accepted is None:
-        return []
-    return accepted.conclude(snapshot.executions)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
