@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.serve:
         return _serve(arguments)
     if arguments.output:
-        check_place(Path(arguments.output))
+        check_place(Path(arguments.output), inputs=_inputs(arguments))
     # Older results that cannot be read are found before anything is measured.
     history = _history(arguments.against)
     if arguments.against_command:
@@ -111,6 +111,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_latency(console(), report, arguments.output)
     return 0 if report.outcome.passed else 1
+
+
+def _inputs(arguments: argparse.Namespace) -> list[Path]:
+    """The folders that are measured; none where only results are read."""
+    if arguments.results:
+        return []
+    stack = _stack(arguments)
+    found = [] if stack.random else [stack.base.path]
+    return [*found, *(a.path for a in stack.adapters if a.random_rank is None)]
 
 
 def _check(arguments: argparse.Namespace) -> None:
