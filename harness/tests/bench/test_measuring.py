@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.bench.cells import Lengths, Round, cells_of, fastest, percentile, summarise
-from harness.bench.pairing import in_turn
 from harness.completion import Application
 from harness.errors import HarnessError, InputError
 from harness.resolve import random_stack
@@ -213,11 +212,13 @@ class _Told:
 
 
 def test_a_pair_is_visited_one_after_the_other_and_who_goes_first_alternates(monkeypatch):
+    from harness.bench import pairing
+
     monkeypatch.setattr("harness.bench.pairing.results_in", lambda answer, path: None)
     log = []
     old = _Told("old", ["base none", "stacked live"], log)
     new = _Told("new", ["base none", "stacked live", "stacked merged"], log)
-    in_turn([old, new], 2)
+    pairing.in_turn([old, new], 2)
     assert log[-2:] == [("old", "end"), ("new", "end")]
     for name in ("base none", "stacked live"):
         places = [place for place, (_, line) in enumerate(log) if line == name]
