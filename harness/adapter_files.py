@@ -169,17 +169,21 @@ def read_adapter(
             adapter has. All faults of the folder at once.
     """
     found: list[InputError] = []
-    config = tensors = None
+    tensors = None
     beyond: list[InputError] = []
-    with gathering(found):
-        config = read_adapter_config(folder, trust_remote_code=trust_remote_code)
+    config = _config(folder, found, trust_remote_code=trust_remote_code)
     if is_folder(folder):
         with gathering(found):
             tensors = _weights(folder, None if faults is None else beyond)
-    if config is None or tensors is None:
+    if tensors is None:
         raise combined(found)
     found += beyond
     factors, strangers, base_copies = _sorted_keys(tensors)
+    if config is None:  # what is wrong without it, too: one run tells all
+        for module in sorted(factors, key=natural_order):
+            with gathering(found):
+                _pair(module, factors[module], tensors.path, None)
+        raise combined(found)
     if not config.not_additive:
         found += [_stranger(key, tensors.path) for key in strangers]
     if not factors:
@@ -201,6 +205,17 @@ def read_adapter(
     return AdapterFiles(
         folder=folder, config=config, tensors=tensors, pairs=pairs, base_copies=base_copies
     )
+
+
+def _config(
+    folder: Path, faults: list[InputError], *, trust_remote_code: bool
+) -> AdapterConfig | None:
+    """The config; None if it is broken, and *faults* say how."""
+    try:
+        return read_adapter_config(folder, trust_remote_code=trust_remote_code)
+    except InputError as error:
+        faults += error.faults
+        return None
 
 
 def _weights(folder: Path, beyond: list[InputError] | None) -> TensorFile:
@@ -271,8 +286,10 @@ def _stranger(key: str, path: Path) -> InputError:
 
 
 def _pair(
-    module: str, found: Mapping[str, TensorEntry], path: Path, config: AdapterConfig
+    module: str, found: Mapping[str, TensorEntry], path: Path, config: AdapterConfig | None
 ) -> PairEntry:
+    """The pair of *module*, held against *config* if there is one that can be read."""
+
     def refuse(fault: str, remedy: str = "save the adapter again") -> InputError:
         return InputError(f"module {quoted(module)}: {fault}", where=path, remedy=remedy)
 
@@ -299,6 +316,10 @@ def _pair(
                 where=path,
                 remedy="save the adapter again",
             )
+    if config is None:
+        if a.shape[0] != b.shape[1]:
+            raise refuse(f"A has rank {a.shape[0]}, B has rank {b.shape[1]}")
+        return PairEntry(module=module, a=a, b=b, embedding=embedding)
     # With ensure_weight_tying PEFT adapts the tied partner too, which no target names.
     if config.targets(module) is False and not config.raw.get("ensure_weight_tying"):
         raise refuse(

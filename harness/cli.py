@@ -80,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        machine = _of_the_machine(error)
+        if machine is not None:
+            return _complain(machine, _USAGE_ERROR)
         if os.environ.get("LORA_STACK_TRACEBACK"):
             raise
         kind = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
@@ -87,6 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{kind}{error} → please report this; LORA_STACK_TRACEBACK=1 shows where it happened",
             _INTERNAL_ERROR,
         )
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What a model that does not fit, or a broken device, is told as; None for anything else."""
+    if "torch" not in sys.modules:
+        return None
+    from harness.engines.faults import device_fault
+
+    fault = device_fault(error)
+    return None if fault is None else f"{fault.said} → {fault.remedy}"
 
 
 def _complain(message: str, code: int) -> int:

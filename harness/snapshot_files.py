@@ -3,7 +3,7 @@
 The sidecar says which text it belongs to, by digest, and keeps a mark of every line, so that an
 edited text is noticed and the line named. A writer that replaces a snapshot first lets the sidecar
 serve both texts, then exchanges the text, then drops the old half: killed anywhere, what lies there
-is the old snapshot or the new one. Readers and writers of a folder take turns by `flock` on it.
+is the old snapshot or the new one. Readers and writers of a snapshot take turns by `flock`.
 Knows bytes only: nothing of completions, evidence or verdicts.
 """
 
@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InputError
-from harness.staging import write_bytes
+from harness.staging import staged_bytes, write_bytes
 
 __all__ = [
     "SIDECAR_SUFFIX",
@@ -38,7 +39,9 @@ SIDECAR_SUFFIX = ".evidence"
 _MAGIC = b"LSE\x01"
 _DIGEST = 16
 _CHECK = 8
-_PATIENCE = 10.0  # seconds that a lock is waited for; a stopped process must not stop the others
+# Seconds that a lock is waited for; it is held for milliseconds, unless its holder is stopped.
+_PATIENCE_TO_READ = 10.0
+_PATIENCE_TO_WRITE = 60.0
 _REMEDY = "restore both files from version control, or accept anew with --snapshot-update"
 
 
@@ -81,14 +84,18 @@ def read_pair(path: Path) -> Pair:
         InputError: a file that is there and cannot be read.
     """
     try:
-        with _turn(path.parent, exclusive=False) as locked:
-            for attempt in range(1 if locked else 20):
-                if attempt:
-                    time.sleep(0.02)
-                pair = Pair(text=_bytes(path), sidecar=_bytes(sidecar_of(path)))
-                if locked or _matches(pair):
-                    break
-            return pair
+        try:
+            with _turn(path, exclusive=False) as locked:
+                if locked:
+                    return _pair(path)
+        except TimeoutError:  # a stopped writer must not stop the readers
+            pass
+        for _ in range(20):
+            pair = _pair(path)
+            if _matches(pair):
+                break
+            time.sleep(0.02)
+        return pair
     except FileNotFoundError:
         return Pair(text=None, sidecar=None)
     except OSError as error:
@@ -97,14 +104,17 @@ def read_pair(path: Path) -> Pair:
         ) from error
 
 
+def _pair(path: Path) -> Pair:
+    return Pair(text=_read(path), sidecar=_read(sidecar_of(path)))
+
+
 def write_pair(path: Path, text: bytes, evidence: bytes) -> None:
     """Write a snapshot, whole or not at all, whatever other processes do there.
 
     Raises:
         InputError: the place cannot be written.
     """
-    _make_folder(path)
-    with _turn(path.parent, exclusive=True):
+    with _writing(path):
         _exchange(path, text, _half(text, evidence))
 
 
@@ -124,10 +134,9 @@ def replace_pair(path: Path, text: bytes, sidecar: bytes, *, expected: tuple[str
     new = _found(_unpacked(sidecar), text)
     if new is None:
         raise InputError("is damaged, or another text's", where=sidecar_of(path))
-    _make_folder(path)
-    with _turn(path.parent, exclusive=True):
+    with _writing(path):
         try:
-            old_text, old_sidecar = _bytes(path), _bytes(sidecar_of(path))
+            old_text, old_sidecar = _read(path), _read(sidecar_of(path))
         except OSError as error:
             raise InputError(
                 f"cannot be read: {error.strerror or error}", where=path, remedy=_REMEDY
@@ -140,9 +149,19 @@ def replace_pair(path: Path, text: bytes, sidecar: bytes, *, expected: tuple[str
     return True
 
 
-def _make_folder(path: Path) -> None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Make the folder and hold the snapshot alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with _turn(path, exclusive=True):
+            yield
+    except TimeoutError as error:
+        raise InputError(
+            f"cannot be written: another process has held it for {_PATIENCE_TO_WRITE:g} s",
+            where=path,
+            remedy="end that process, then try again",
+        ) from error
     except OSError as error:
         raise InputError(
             f"cannot be made: {error.strerror or error}",
@@ -152,13 +171,23 @@ def _make_folder(path: Path) -> None:
 
 
 def _exchange(path: Path, text: bytes, new: _Half) -> None:
-    old = _current(path)
-    if old is not None and old.digest != new.digest:
-        write_bytes(sidecar_of(path), _packed([new, old]))
-        write_bytes(path, text)
-    write_bytes(sidecar_of(path), _packed([new]))
-    if old is None or old.digest == new.digest:
-        write_bytes(path, text)
+    """Replace what lies at *path*, which the caller holds; what is there already is not written."""
+    old, sidecar = _current(path), sidecar_of(path)
+    if old is not None and old.digest == new.digest:
+        if _read(sidecar) != _packed([new]):
+            write_bytes(sidecar, _packed([new]))
+        return
+    with contextlib.ExitStack() as staged:
+        place_text = staged.enter_context(staged_bytes(path, text))
+        place_new = staged.enter_context(staged_bytes(sidecar, _packed([new])))
+        if old is None:
+            place_new()
+            place_text()
+            return
+        place_both = staged.enter_context(staged_bytes(sidecar, _packed([new, old])))
+        place_both()
+        place_text()
+        place_new()
 
 
 def _hex(data: bytes | None) -> str:
@@ -203,7 +232,7 @@ def _edit(half: _Half, text: bytes) -> str:
 def _current(path: Path) -> _Half | None:
     """What the sidecar holds for the text that lies at *path*; None if there is no sound pair."""
     try:
-        text, sidecar = _bytes(path), _bytes(sidecar_of(path))
+        text, sidecar = _read(path), _read(sidecar_of(path))
     except OSError:
         return None
     if text is None or sidecar is None:
@@ -274,33 +303,64 @@ def _unpacked(data: bytes) -> list[_Half]:
     return halves
 
 
-def _bytes(path: Path) -> bytes | None:
+def _read(path: Path) -> bytes | None:
+    """The file's bytes; None if it is not there."""
     try:
-        return path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        reason = errno.EISDIR if path.is_dir() else errno.EINVAL  # a pipe would wait for ever
+        raise OSError(reason, os.strerror(reason) if path.is_dir() else "is no regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
 
 
 @contextlib.contextmanager
-def _turn(folder: Path, *, exclusive: bool) -> Iterator[bool]:
-    """Hold the folder's lock; yields False where it cannot be had (some network file systems, or
-    somebody holds it for very long), and the block runs all the same."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _turn(path: Path, *, exclusive: bool) -> Iterator[bool]:
+    """Hold the snapshot at *path*; yields False where the file system has no locks.
+
+    The lock is on the sidecar: whoever puts another one in its place holds that one, too, until all
+    is written. Where there is none yet, it is on the folder.
+
+    Raises:
+        TimeoutError: somebody holds it for very long.
+        FileNotFoundError: there is no such folder.
+    """
+    end = time.monotonic() + (_PATIENCE_TO_WRITE if exclusive else _PATIENCE_TO_READ)
+    sidecar = sidecar_of(path)
+    with contextlib.ExitStack() as opened:
+        while True:
+            descriptor = _lockable(sidecar)
+            opened.callback(os.close, descriptor)
+            locked = _lock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, end)
+            now = _lockable(sidecar)
+            opened.callback(os.close, now)
+            if not locked or os.path.sameopenfile(descriptor, now):
+                break
+            opened.close()  # replaced, made or removed while we waited
+        yield locked
+
+
+def _lockable(sidecar: Path) -> int:
+    """A descriptor of the sidecar; of its folder where it cannot be opened."""
     try:
-        yield _lock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
+        return os.open(sidecar, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return os.open(sidecar.parent, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _lock(descriptor: int, kind: int) -> bool:
-    end = time.monotonic() + _PATIENCE
+def _lock(descriptor: int, kind: int, end: float) -> bool:
     pause = 0.001
     while True:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EINTR) or time.monotonic() > end:
-                return False
+            if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
+                return False  # some network file systems
+            if time.monotonic() > end:
+                raise TimeoutError(errno.ETIMEDOUT, "another process holds it") from error
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
         else:

@@ -13,22 +13,35 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from harness.errors import InputError
 
-__all__ = ["check_place", "new_run_folder", "staged_folder", "write_bytes", "write_text"]
+__all__ = [
+    "check_file_place",
+    "check_place",
+    "new_run_folder",
+    "staged_bytes",
+    "staged_folder",
+    "write_bytes",
+    "write_text",
+]
 
 _PREFIX = ".staging-"
 _ASIDE = ".replaced-"
 _YOUNG_SECONDS = 1.0  # just made, perhaps not locked yet
+#: What network file systems without locks answer; there, nothing is swept.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+#: Folders (device, inode) that this process has swept.
+_swept: set[tuple[int, int]] = set()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,6 +55,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         InputError: the place cannot be written (read-only, full, a folder is in the way).
     """
+    with staged_bytes(path, data) as place:
+        place()
+
+
+@contextlib.contextmanager
+def staged_bytes(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
+    """Stage *data* beside *path*; the block gets a function that puts it there.
+
+    The file is locked (`flock`) until the block ends, in its place too: who has several to put
+    holds all of them meanwhile. What was not put is removed.
+
+    Raises:
+        InputError: as `write_bytes`; by the function, too.
+    """
     try:
         staged, held = _fresh_beside(path, folder=False)
         try:
@@ -49,12 +76,16 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                staged.replace(path)
+                yield functools.partial(_place, staged, path)
         finally:
             staged.unlink(missing_ok=True)
-        _sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _place(staged: Path, path: Path) -> None:
+    staged.replace(path)
+    _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -90,17 +121,28 @@ def staged_folder(
 def check_place(target: Path, *, replace: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Refuse, before any work, a *target* that `staged_folder` could not write; same errors."""
     _refuse(target, replace, inputs)
-    made = [folder for folder in target.parents if not folder.exists()]
+    _try_beside(target, folder=True)
+
+
+def check_file_place(path: Path) -> None:
+    """Refuse, before any work, a *path* that `write_bytes` could not write; same errors."""
+    if path.is_dir():
+        raise InputError("is a folder", where=path, remedy="name a file")
+    _try_beside(path, folder=False)
+
+
+def _try_beside(target: Path, *, folder: bool) -> None:
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
-        staged, held = _fresh_beside(target, folder=True)
+        staged, held = _fresh_beside(target, folder=folder)
         os.close(held)
-        staged.rmdir()
+        staged.rmdir() if folder else staged.unlink()
     except OSError as error:
         raise _unwritable(target, error) from error
     finally:
-        for folder in made:
+        for parent in made:
             with contextlib.suppress(OSError):  # somebody else has put something into it
-                folder.rmdir()
+                parent.rmdir()
 
 
 def _refuse(target: Path, replace: bool, inputs: Iterable[Path]) -> None:
@@ -119,19 +161,19 @@ def _refuse(target: Path, replace: bool, inputs: Iterable[Path]) -> None:
     if target.is_symlink():
         raise InputError("is a link", where=target, remedy="name a new folder")
     if target.exists() and not target.is_dir():
-        raise InputError("is a file", where=target, remedy="name a folder")
+        raise InputError("is a file", where=target, remedy="name a new folder")
     try:
-        full = not replace and target.is_dir() and any(target.iterdir())
+        full = target.is_dir() and any(target.iterdir())
     except OSError as error:
         raise _unwritable(target, error) from error
-    if full:
+    if full and not replace:
         raise InputError("is not empty", where=target, remedy="name a new folder")
 
 
 def _fresh_beside(target: Path, *, folder: bool) -> tuple[Path, int]:
     """A fresh staged entry beside *target*, and a descriptor that holds the lock on it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target.parent)
+    _sweep(target.parent, again=folder)
     while True:
         staged = target.parent / f"{_PREFIX}{secrets.token_hex(6)}"
         if folder:
@@ -146,7 +188,7 @@ def _fresh_beside(target: Path, *, folder: bool) -> tuple[Path, int]:
                 staged.rmdir()
             raise
         try:
-            fcntl.flock(held, fcntl.LOCK_EX)  # tells sweepers that the writer lives
+            _hold(held)  # tells sweepers that the writer lives
             if staged.exists():
                 return staged, held
         except OSError:
@@ -154,6 +196,14 @@ def _fresh_beside(target: Path, *, folder: bool) -> tuple[Path, int]:
             shutil.rmtree(staged, ignore_errors=True) if folder else staged.unlink()
             raise
         os.close(held)
+
+
+def _hold(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def new_run_folder(root: Path, moment: float | None = None) -> Path:
@@ -169,7 +219,7 @@ def _take_place(staged: Path, target: Path) -> None:
         aside = target.parent / f"{_ASIDE}{target.name}"
         held = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX)  # tells sweepers that the new one is coming
+            _hold(held)  # tells sweepers that the new one is coming
             target.rename(aside)
             try:
                 staged.rename(target)
@@ -197,9 +247,17 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(second))
 
 
-def _sweep(parent: Path) -> None:
+def _sweep(parent: Path, *, again: bool) -> None:
     """Put right what killed writers left in *parent*: staged entries that nobody holds are
-    removed, a folder that was put aside and never replaced is put back."""
+    removed, a folder that was put aside and never replaced is put back.
+
+    Looking through a folder costs as much as it has entries: without *again*, a process does it
+    once a folder.
+    """
+    state = parent.stat()
+    if not again and (state.st_dev, state.st_ino) in _swept:
+        return
+    _swept.add((state.st_dev, state.st_ino))
     for entry in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), _unheld(entry) as age:
             if age < _YOUNG_SECONDS:
@@ -242,6 +300,9 @@ def _sync(path: Path) -> None:
 
 def _unwritable(path: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        file = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+        reason = reason if file is None else f"{file} is no folder"
     return InputError(
         f"cannot be written: {reason}",
         where=path,

@@ -1,13 +1,13 @@
 """What a certificate costs: seconds and memory on a random model of a given shape.
 
-    python -m harness.bench.certificate_cost [--shapes 0.1b 0.5b] [--rounds 3]
+    python -m harness.bench.certificate_cost [--shapes 0.5b 8b/18] [--rounds 3]
 
 Writes a random stack to a temporary folder, reads its files once from the disk, loads it, and
 measures a forward pass of the prompts' tokens, one read of the files from the page cache, and the
-certificate, with the peak of anonymous memory beyond the loaded model; for two short prompts and
-for eight of 48 tokens, which is where the certificate cuts prompts off. Then prints the arithmetic
-of the cost model in docs/certificate.md for each shape and for Qwen3-8B's. Knows nothing of what
-the certificate checks.
+certificate, with the peak of anonymous memory beyond the loaded model; for two short prompts, for
+eight of 16 tokens (short questions in a chat template), and for eight of 48, which is where the
+certificate cuts prompts off. Then prints the arithmetic of the cost model in docs/certificate.md
+for each shape and for Qwen3-8B's. Knows nothing of what the certificate checks.
 """
 
 from __future__ import annotations
@@ -26,22 +26,26 @@ import harness
 
 __all__ = ["arithmetic", "measure"]
 
-#: Shapes of Qwen2.5: `0.5b` has 494 M parameters, `0.1b` a quarter of its layers and a smaller
-#: vocabulary, `tiny` is for trying the script.
+#: `0.5b` is Qwen2.5-0.5B's shape, 494 M parameters; `8b/18` an eighteenth of Qwen3-8B, 2 of its 36
+#: layers and as much of its vocabulary, 455 M parameters; `tiny` is for trying the script.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
-    "0.1b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 6,
-             "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 37984},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "tied": True,
              "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
+    "8b/18": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 2,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+              "vocab_size": 8441},
 }  # fmt: skip
 #: Qwen3-8B: parameters, those of adapted layers, and bytes on disk in bfloat16.
 QWEN3_8B = {"parameters": 8_190_735_360, "adapted": 6_945_767_424}
 RANKS = (16, 64)
-_SHORT = ("The quick brown fox jumps over", "the lazy dog, and over again.")
-_LONG = tuple(f"{number}: " + "and so on, " * 10 for number in range(8))
-PROMPTS: dict[str, tuple[str, ...]] = {"2 short prompts": _SHORT, "8 prompts": _LONG}
+#: By tokens in all: the tokenizer here makes a token of each byte.
+PROMPTS: dict[int, tuple[str, ...]] = {
+    59: ("The quick brown fox jumps over", "the lazy dog, and over again."),
+    128: tuple(f"{number}: sixteen tokens"[:16] for number in range(8)),
+    384: tuple(f"{number}: " + "and so on, " * 10 for number in range(8)),
+}
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -53,8 +57,8 @@ def arithmetic(*, parameters: int, adapted: int, tokens: int) -> dict[str, float
     """
     from harness.certificate import capture, end_to_end
 
-    variants = 2 + len(RANKS) * (1 + end_to_end._NULLS)
-    short = end_to_end._TOKENS * (variants + 2)  # a row each, all merged, and the live layers
+    variants = 2 + len(RANKS) * (1 + end_to_end._draws(len(RANKS)))
+    short = end_to_end._TOKENS * (variants + 3)  # a row each, all merged, and two of live layers
     return {
         "bytes of the files": 2.0 * parameters,
         "one forward pass": 2.0 * parameters * tokens,
@@ -68,8 +72,8 @@ def _write(folder: Path, shape: str, ranks: tuple[int, int]) -> Any:
     from harness.testing.tiny import AdapterSpec, tiny_adapter, tiny_base
 
     base = tiny_base(
-        folder / "base", "qwen2", dtype=_dtype(), **SHAPES[shape],
-        tied=True, max_position_embeddings=2048,
+        folder / "base", "qwen3" if "head_dim" in SHAPES[shape] else "qwen2",
+        dtype=_dtype(), max_position_embeddings=2048, **SHAPES[shape],
     )  # fmt: skip
     adapters = {
         name: tiny_adapter(
@@ -129,7 +133,7 @@ def _read(files: Sequence[Path], *, cold: bool = False) -> int:
 
 
 def measure(shape: str, *, rounds: int = 3) -> dict[str, Any]:
-    """Median seconds, wall and processor's, and peak bytes, by prompts and part.
+    """Median seconds, wall and processor's, and peak bytes, by tokens of the prompts and part.
 
     The model is a random one of *shape* in bfloat16; verdicts other than `held` are listed.
     """
@@ -149,8 +153,8 @@ def measure(shape: str, *, rounds: int = 3) -> dict[str, Any]:
                 p.numel() for n, p in bare.named_parameters() if ".base_layer.weight" in n
             )
             found["runs"] = {
-                name: _parts(model, stack, engine.tokenizer, prompts, files, rounds)
-                for name, prompts in PROMPTS.items()
+                tokens: _parts(model, stack, engine.tokenizer, prompts, files, rounds)
+                for tokens, prompts in PROMPTS.items()
             }
     return found
 
@@ -214,7 +218,7 @@ def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["0.1b", "0.5b"])
+    parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["0.5b", "8b/18"])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     sizes: dict[str, Mapping[str, int]] = {}
@@ -227,21 +231,26 @@ def main() -> None:
             f"{torch.get_num_threads()} threads",
             flush=True,
         )
-        for name, run in found["runs"].items():
-            print(f"  {name}, {run['tokens']} tokens: {', '.join(run['verdicts'])}")
+        for run in found["runs"].values():
+            forward, read, part, whole = run["cpu"].values()
+            both, four = forward + read, 3 * part + whole  # verify: end to end in one mode of four
+            print(
+                f"  {run['tokens']} tokens: {', '.join(run['verdicts'])}; of the processor time a "
+                f"forward pass and a read are {both / part:.0%} without end to end, "
+                f"{both / whole:.0%} of the whole, {4 * both / four:.0%} of four modes"
+            )
             for part, seconds in run["wall"].items():
                 print(
                     f"    {part:<34}{seconds:>7.2f} s {run['cpu'][part]:>7.2f} s of processor "
                     f"time {run['peaks'][part] / 1e6:>6.0f} MB",
                     flush=True,
                 )
-    tokens = {"2 short prompts": 59, "8 prompts": 384}
     for shape, size in (*sizes.items(), ("qwen3-8b", QWEN3_8B)):
-        for name, count in tokens.items():
-            parts = arithmetic(**size, tokens=count)
+        for tokens in PROMPTS:
+            parts = arithmetic(**size, tokens=tokens)
             words = [f"{parts.pop('bytes of the files') / 1e9:.2f} GB of files"]
             words += [f"{part} {operations / 1e9:,.0f}" for part, operations in parts.items()]
-            print(f"{shape}, {name}, 10⁹ operations: " + "; ".join(words))
+            print(f"{shape}, {tokens} tokens, 10⁹ operations: " + "; ".join(words))
 
 
 if __name__ == "__main__":

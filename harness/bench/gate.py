@@ -1,42 +1,40 @@
 """Did it get slower? Two tables of times in, verdicts out.
 
 A figure fails only if everything says so: the bootstrap interval of the ratio excludes 1, a rank
-test does so after correction over the whole table (Holm 1979), the change is beyond the noise
-floor that this machine showed between equal things (A against A), and it is beyond a relative and
-an absolute threshold. What cannot be compared, is absent, or is too little to decide never passes.
-docs/latency.md has the definitions, and what a simulation of whole nights says about the rates.
-Knows nothing of files or of measuring.
+test agrees, the change is beyond the noise floor that this machine showed between equal things,
+which holds the rate of false alarms for the whole table (`harness.bench.noise_floor`), and it is
+beyond a relative and an absolute threshold. Against stored nights, which know less of each other
+than pairs do, the rank test is corrected over the table as well (Holm 1979). What cannot be
+compared, is absent, or is too little to decide never passes. docs/latency.md has the definitions,
+and what a simulation of whole nights says about the rates. Knows nothing of files or of measuring.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.bench.cells import METRICS, CellResult, percentile
+from harness.bench.cells import percentile
 from harness.verdict import Outcome
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "FAMILY",
     "Change",
     "Samples",
     "Thresholds",
-    "compare_history",
-    "compare_pairs",
     "judge_changes",
     "log_ratio_interval",
 ]
 
 _TRIM = 0.2  # of each end: a neighbour's burst is no change
-_FEW_NIGHTS = 4  # below, the spread from night to night is not known
-_FIRST_NIGHTS = 0.10  # and a change must be at least this
-_FAMILY = 0.01  # false alarms a night, over the whole table
+#: The share of nights with a false alarm that is allowed, over the whole table.
+FAMILY = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +50,7 @@ class Thresholds:
     absolute_s: Mapping[str, float] | None = None
 
     def seconds(self, metric: str) -> float:
-        default = {"ttft_s": 5e-4, "tpot_s": 5e-5, "e2e_s": 1e-3}
+        default = {"ttft_s": 1e-4, "tpot_s": 2e-5, "e2e_s": 2e-4}
         return (self.absolute_s or default)[metric]
 
 
@@ -102,6 +100,11 @@ class Change:
     better: bool
     why: tuple[str, ...]
 
+    @property
+    def p_judged(self) -> float:
+        """The p-value that decides: corrected over the table where rounds are not pairs."""
+        return self.p if self.samples.paired else self.p_adjusted
+
     def as_json(self) -> dict[str, Any]:
         return {
             "cell": self.samples.key,
@@ -134,17 +137,14 @@ def log_ratio_interval(
 
     first, second = np.log(np.asarray(old)), np.log(np.asarray(new))
 
-    def centre(values: Any, axis: int = -1) -> Any:
-        return stats.trim_mean(values, _TRIM, axis=axis)
-
     if paired:
         data: tuple[Any, ...] = (second - first,)
-        statistic: Any = centre
+        statistic: Any = _centre
     else:
         data = (first, second)
 
         def statistic(one: Any, two: Any, axis: int = -1) -> Any:
-            return centre(two, axis) - centre(one, axis)
+            return _centre(two, axis) - _centre(one, axis)
 
     middle = float(statistic(*data))
     # Equal values, or too few to resample, have no spread that a resample could show.
@@ -162,15 +162,40 @@ def log_ratio_interval(
     return math.exp(middle), math.exp(low), math.exp(high)
 
 
-def _rank_test(old: np.ndarray[Any, Any], new: np.ndarray[Any, Any], *, paired: bool) -> float:
+def _rank_tests(table: Sequence[Samples]) -> list[float]:
+    """The p-value of each figure; figures of one size are tested in one call."""
+    import numpy as np
     from scipy import stats
 
-    if paired:
-        differences = new - old
-        if not differences.any():
-            return 1.0
-        return float(stats.wilcoxon(differences).pvalue)
-    return float(stats.mannwhitneyu(old, new, alternative="two-sided").pvalue)
+    found = [1.0] * len(table)
+    sizes: dict[tuple[int, int, bool, bool], list[int]] = {}
+    for place, samples in enumerate(table):
+        # Scipy leaves the exact distribution for all rows of a call if one has ties: those apart.
+        differences = np.abs(_logs(samples.new) - _logs(samples.old)) if samples.paired else []
+        tied = len({0.0, *map(float, differences)}) <= len(differences)
+        sizes.setdefault(
+            (len(samples.old), len(samples.new), samples.paired, tied), []
+        ).append(place)  # fmt: skip
+    for (_, _, paired, tied), places in sizes.items():
+        for some in [[place] for place in places] if tied else [places]:
+            old = np.array([_logs(table[place].old) for place in some])
+            new = np.array([_logs(table[place].new) for place in some])
+            if paired:
+                if not (new - old).any():
+                    continue
+                p = stats.wilcoxon(new - old, axis=1).pvalue
+            else:
+                p = stats.mannwhitneyu(old, new, alternative="two-sided", axis=1).pvalue
+            for place, value in zip(some, p, strict=True):
+                found[place] = float(value)
+    return found
+
+
+def _logs(values: Sequence[float]) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    logs: np.ndarray[Any, Any] = np.log(np.asarray(values))
+    return logs
 
 
 def _least_p(samples: Samples) -> float:
@@ -200,14 +225,8 @@ def judge_changes(
         intervals: compute every interval; otherwise only where everything else says "slower",
             which decides the same.
     """
-    import numpy as np
-
     thresholds = thresholds or Thresholds()
-    logs = [(np.log(np.asarray(s.old)), np.log(np.asarray(s.new))) for s in table]
-    tests = [
-        _rank_test(old, new, paired=samples.paired)
-        for samples, (old, new) in zip(table, logs, strict=True)
-    ]
+    tests = _rank_tests(table)
     adjusted = _holm(tests)
     found = []
     for samples, p, p_adjusted in zip(table, tests, adjusted, strict=True):
@@ -218,18 +237,18 @@ def judge_changes(
             and abs(math.expm1(middle)) > thresholds.relative
             and abs(new_s - old_s) > thresholds.seconds(samples.metric)
         )
-        sure = p_adjusted <= _FAMILY
+        sure = (p if samples.paired else p_adjusted) <= FAMILY
         low = high = None
         if intervals or (large and sure):
             _, low, high = log_ratio_interval(samples.old, samples.new, paired=samples.paired)
         apart = low is not None and high is not None and not low <= 1 <= high
-        hopeless = len(table) * _least_p(samples) > _FAMILY
+        hopeless = _least_p(samples) * (1 if samples.paired else len(table)) > FAMILY
         outcome, why = _outcome(samples, middle, thresholds, large=large, sure=sure, apart=apart)
         if hopeless:
             outcome = Outcome.UNDECIDED
             why = (
-                f"{len(samples.new)} rounds can decide nothing over a table of {len(table)} "
-                "figures: take more rounds",
+                f"{len(samples.new)} rounds can decide nothing in a table of {len(table)} figures: "
+                "take more rounds",
             )
         found.append(
             Change(
@@ -248,7 +267,7 @@ def _outcome(
         return Outcome.FAILED, ("slower, beyond noise and thresholds",)
     reasons = []
     if not sure:
-        reasons.append("the rank test, corrected over the table, does not say so")
+        reasons.append("the rank test does not say so")
     if abs(middle) <= samples.floor:
         reasons.append(f"within the noise floor of {math.expm1(samples.floor):.1%}")
     if abs(math.expm1(middle)) <= thresholds.relative:
@@ -258,138 +277,18 @@ def _outcome(
     return Outcome.HELD, tuple(reasons)
 
 
+def _centre(values: Any, axis: int = -1) -> Any:
+    """The 20 % trimmed mean along *axis* (`scipy.stats.trim_mean`, without its checks)."""
+    import numpy as np
+
+    ordered = np.sort(values, axis=axis)
+    count = ordered.shape[axis]
+    cut = int(_TRIM * count)
+    return np.take(ordered, range(cut, count - cut), axis=axis).mean(axis=axis)
+
+
 def _middle(samples: Samples) -> float:
-    import numpy as np
-    from scipy import stats
-
-    old, new = np.log(np.asarray(samples.old)), np.log(np.asarray(samples.new))
+    old, new = _logs(samples.old), _logs(samples.new)
     if samples.paired:
-        return float(stats.trim_mean(new - old, _TRIM))
-    return float(stats.trim_mean(new, _TRIM) - stats.trim_mean(old, _TRIM))
-
-
-def compare_pairs(
-    old: Sequence[Mapping[str, CellResult]], new: Sequence[Mapping[str, CellResult]]
-) -> list[Samples]:
-    """Rounds that ran in turn, as pairs; cells that both sides have.
-
-    Args:
-        old, new: by launch: each side was started several times, and its rounds spread over them.
-            What launches of one side show against each other is the noise floor (A against A).
-            With one launch it is what rounds of one side show against the next.
-    """
-    keys = [key for key in old[0] if key in new[0]]
-    floors = {metric: _pair_floor(old, new, keys, metric) for metric in METRICS}
-    table = []
-    for key in keys:
-        for metric in METRICS:
-            pairs: list[tuple[float, float]] = []
-            for before, after in zip(old, new, strict=True):
-                first, second = before[key].rounds[metric], after[key].rounds[metric]
-                pairs += zip(first, second, strict=False)
-            if pairs:
-                table.append(
-                    Samples(
-                        key=key, metric=metric, old=tuple(pair[0] for pair in pairs),
-                        new=tuple(pair[1] for pair in pairs), paired=True, floor=floors[metric],
-                    )
-                )  # fmt: skip
-    return table
-
-
-def _pair_floor(
-    old: Sequence[Mapping[str, CellResult]],
-    new: Sequence[Mapping[str, CellResult]],
-    keys: Sequence[str],
-    metric: str,
-) -> float:
-    """How far equal things may lie apart in this metric, as a log ratio.
-
-    The spread of one side's launches about their mean, pooled over cells and sides, as the
-    standard error of a difference of two such means, times Student's quantile at the family's
-    level: one cell's own A/A is a single draw, the table's are many.
-    """
-    import numpy as np
-    from scipy import stats
-
-    squares, freedom = 0.0, 0
-    for key in keys:
-        for side in (old, new):
-            rounds = [launch[key].rounds[metric] for launch in side if launch[key].rounds[metric]]
-            if len(rounds) == 1:
-                # Half as many pairs, of rounds further apart in time, as in the comparison.
-                parts = [np.log(rounds[0][half::2]) for half in (0, 1)]
-            else:
-                parts = [np.log(values) for values in rounds]
-            centres = [float(stats.trim_mean(part, _TRIM)) for part in parts if len(part)]
-            if len(centres) < 2:
-                continue
-            middle = statistics.fmean(centres)
-            squares += sum((centre - middle) ** 2 for centre in centres)
-            freedom += len(centres) - 1
-    if not freedom:
-        return math.inf
-    launches = max(2, len(old))
-    level = _FAMILY / (2 * len(METRICS) * max(1, len(keys)))
-    quantile = float(stats.t.ppf(1 - level, freedom))
-    return quantile * math.sqrt(squares / freedom) * math.sqrt(2 / launches)
-
-
-def compare_history(
-    nights: Sequence[Mapping[str, CellResult]], new: Mapping[str, CellResult]
-) -> list[Samples]:
-    """Tonight against earlier *nights* (oldest first) of the same hardware.
-
-    The old side is the rounds of all nights. The floor is Student's prediction interval of one
-    more night, from the spread of the nights' medians, pooled over the cells of a metric. With
-    fewer than four nights that spread is not known, and a change must be at least 10 %.
-    """
-    from scipy import stats
-
-    figures = len(METRICS) * max(1, len(new))
-    table: list[Samples] = []
-    for metric in METRICS:
-        medians = {
-            key: [night[key].median(metric) for night in nights if _has(night, key, metric)]
-            for key in new
-        }
-        residuals = [
-            math.log(value) - statistics.fmean(math.log(v) for v in values)
-            for values in medians.values()
-            if len(values) >= _FEW_NIGHTS
-            for value in values
-        ]
-        rows = [values for values in medians.values() if len(values) >= _FEW_NIGHTS]
-        freedom = sum(len(values) - 1 for values in rows)
-        spread = math.sqrt(sum(r * r for r in residuals) / freedom) if freedom else 0.0
-        for key, values in medians.items():
-            if not values or not new[key].rounds[metric]:
-                continue
-            within = _within_floor(new[key].rounds[metric])
-            if len(values) >= _FEW_NIGHTS:
-                count = len(values)
-                quantile = stats.t.ppf(1 - _FAMILY / (2 * figures), count - 1)
-                floor = max(within, float(quantile * spread * math.sqrt(1 + 1 / count)))
-            else:
-                floor = max(within, math.log1p(_FIRST_NIGHTS))
-            last = [night[key] for night in nights if _has(night, key, metric)]
-            old = [value for cell in last for value in cell.rounds[metric]]
-            table.append(
-                Samples(
-                    key=key, metric=metric, old=tuple(old), new=new[key].rounds[metric],
-                    paired=False, floor=floor,
-                )
-            )  # fmt: skip
-    return table
-
-
-def _has(night: Mapping[str, CellResult], key: str, metric: str) -> bool:
-    return key in night and bool(night[key].rounds.get(metric))
-
-
-def _within_floor(rounds: Sequence[float]) -> float:
-    """Twice the standard error of this session's own rounds, as a log ratio."""
-    if len(rounds) < 2:
-        return math.inf
-    logs = [math.log(value) for value in rounds]
-    return 2 * statistics.stdev(logs) / math.sqrt(len(logs))
+        return float(_centre(new - old))
+    return float(_centre(new) - _centre(old))

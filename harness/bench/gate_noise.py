@@ -1,9 +1,11 @@
-"""Record how equal things differ: several processes of one command, their rounds in turn.
+"""Record how equal things differ: one command against itself, as two commands are compared.
 
-    python -m harness.bench.gate_noise FILE [--processes 8] [--rounds 20] [-- BENCH OPTIONS]
+    python -m harness.bench.gate_noise FILE [--launches 16] [--rounds 8] [-- BENCH OPTIONS]
 
-Writes the times of every cell, round and process; `harness.bench.gate_simulation` draws from them.
-The file in `fixtures/latency/noise.json` was made so, on the machine it names.
+Each launch starts the command twice and has both measure every cell in turn, as `lora-stack bench
+--against-command` does. Writes the times of every launch, process, cell and round after each
+launch; `harness.bench.gate_simulation` draws from them. The file in `fixtures/latency/noise.json`
+was made so, on the machine it names.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.bench.results import Results
 
 _DEFAULT = ["--base-model", "random:fixtures/latency/config.json", "--device", "cpu",
-            "--input-tokens", "8", "--output-tokens", "3", "--batch-sizes", "1",
-            "--repeats", "9"]  # fmt: skip
+            "--input-tokens", "8", "--output-tokens", "3", "--batch-sizes", "1,2,4",
+            "--repeats", "5"]  # fmt: skip
 
 
 def main() -> None:
@@ -25,36 +31,37 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--launches", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("options", nargs="*", default=_DEFAULT)
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "harness.cli", "bench", "--serve", *arguments.options]
-    with ExitStack() as running:
-        workers = [
-            running.enter_context(Worker(command, f"process {number}"))
-            for number in range(arguments.processes)
-        ]
-        found = in_turn(workers, arguments.rounds)
-    first = found[0]
-    noise = {
-        "about": "seconds by process, cell and metric, a number a round; round n of every process "
-        "ran in one turn",
-        "measured": " ".join(arguments.options),
-        "moment": first.moment,
-        "fingerprint": dict(first.fingerprint),
-        "software": dict(first.software),
-        "processes": [
-            {
-                key: {m: [float(f"{v:.4g}") for v in values] for m, values in cell.rounds.items()}
-                for key, cell in results.cells.items()
-            }
-            for results in found
-        ],
+    launches: list[list[Any]] = []
+    for launch in range(arguments.launches):
+        with ExitStack() as running:
+            workers = [running.enter_context(Worker(command, name)) for name in ("first", "second")]
+            found = in_turn(workers, arguments.rounds, seed=launch)
+        launches.append([_times(results) for results in found])
+        first = found[0]
+        noise = {
+            "about": "microseconds by launch, process, cell and metric, a number a visit (the "
+            "fastest of its generations); the two processes of a launch were visited in turn",
+            "measured": " ".join(arguments.options),
+            "moment": first.moment,
+            "fingerprint": dict(first.fingerprint),
+            "software": dict(first.software),
+            "launches": launches,
+        }
+        write_text(arguments.file, json.dumps(noise, separators=(",", ":")) + "\n")
+        print(f"{arguments.file}: {launch + 1} launches × 2 processes × {len(first.cells)} cells × "
+              f"{arguments.rounds} visits", flush=True)  # fmt: skip
+
+
+def _times(results: Results) -> dict[str, dict[str, list[float]]]:
+    return {
+        key: {metric: [round(v * 1e6, 1) for v in values] for metric, values in cell.rounds.items()}
+        for key, cell in results.cells.items()
     }
-    write_text(arguments.file, json.dumps(noise) + "\n")
-    print(f"{arguments.file}: {len(found)} processes × {len(first.cells)} cells × "
-          f"{arguments.rounds} rounds")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from harness.bench.cells import METRICS
-from harness.bench.gate import Change, Thresholds, compare_history, compare_pairs, judge_changes
+from harness.bench.comparing import compare_history, compare_pairs
+from harness.bench.gate import Change, Thresholds, judge_changes
 from harness.bench.results import Results
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["as_verdicts", "judge_history", "judge_pair", "judge_presence", "unlike"]
+
+# What a night may be that others are held against: one that was compared with nothing is the first.
+_REFERENCE = (None, "held", "skipped", "incomparable")
 
 
 def unlike(old: Results, new: Results) -> list[str]:
@@ -72,7 +76,7 @@ def judge_history(
     if not comparable:
         lines = unlike(history[-1], new) if history else ["there is no older result"]
         return [_incomparable(lines)], []
-    reference = [night for night in comparable if night.verdict in (None, "held", "incomparable")]
+    reference = [night for night in comparable if night.verdict in _REFERENCE]
     reference = reference or comparable[:1]
     verdicts = judge_presence(reference[-1], new)
     shared = {key: cell for key, cell in new.cells.items() if not _named(verdicts, key)}
@@ -120,7 +124,7 @@ def as_verdicts(changes: Sequence[Change], suspects: Mapping[str, str]) -> list[
         )
         evidence = [
             f"{change.old_s * 1e3:.3f} ms → {change.new_s * 1e3:.3f} ms, "
-            f"ratio {change.ratio:.3f}{interval}, p {change.p_adjusted:.2g} over the table",
+            f"ratio {change.ratio:.3f}{interval}, p {change.p_judged:.2g}",
             *change.why,
         ]
         if change.outcome is Outcome.FAILED and change.samples.name in suspects:

@@ -1,17 +1,14 @@
 """Measuring cells on one loaded stack: entering a mode, warming up, timing rounds.
 
-`Measurer.entered` gives one cell to whoever counts the rounds (pytest-benchmark); `interleaved`
-visits all cells in turn, round by round, so that what drifts (clocks, heat, neighbours) falls on
-all of them alike. Knows nothing of judging, files or reports.
+`Measurer.entered` gives one cell to whoever counts the rounds; `harness.bench.visiting` goes round
+all of them. Knows nothing of judging, files or reports.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +16,7 @@ import torch
 from harness.bench.ceilings import Ceilings, better, measure_ceilings
 from harness.bench.cells import Cell, CellResult, Lengths, Round, Work, summarise
 from harness.bench.clock import clock_for, synchronise
-from harness.bench.device import DeviceReader, peak_bytes, reset_peak
+from harness.bench.device import DeviceReader
 from harness.bench.roofline import ModelArithmetic, arithmetic_of
 from harness.completion import Application
 from harness.engines.application import without_wrappers
@@ -34,13 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CellMeasurer",
     "Measurer",
-    "Visit",
-    "collected",
     "default_lengths",
     "default_repeats",
-    "interleaved",
-    "measurable",
-    "visit_all",
 ]
 
 _ROOM = 1.1  # of the merged weights: what the copies' temporaries take
@@ -218,150 +210,3 @@ class Measurer:
         """The rounds of *cell* with the work that they had to do."""
         prefill, decode = self.work(cell)
         return summarise(cell, rounds, prefill=prefill, decode=decode, **more)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Visit:
-    """One round of one cell, and what was seen around it; *gaps_s* of all its generations."""
-
-    round: Round
-    gaps_s: tuple[float, ...]
-    switch_s: float
-    peak_bytes: int
-    state: Mapping[str, Any] | None
-
-
-def visit_all(
-    measurer: Measurer,
-    cells: Sequence[Cell],
-    *,
-    seed: int,
-    repeats: int = 1,
-    warming: bool = False,
-    progress: Callable[[float], None] | None = None,
-) -> dict[str, Visit]:
-    """One round of every cell, in an order drawn from *seed*; nothing counts while *warming*.
-
-    A mode is entered once for all its cells. A short generation after entering takes up what the
-    change left cold, and does not count. Of *repeats* generations the fastest is the round:
-    neighbours on a shared machine only ever make slower.
-    """
-    groups: dict[tuple[Mode, Application], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.mode, cell.application), []).append(cell)
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)
-    visits: dict[str, Visit] = {}
-    for place, key in enumerate(keys):
-        with measurer.applied(*key) as (model, seconds):
-            for cell in groups[key]:
-                one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-                if warming:
-                    one.warm_up(whole=True)
-                    continue
-                reset_peak(measurer.device)
-                one.warm_up(whole=False)
-                made = [one() for _ in range(repeats)]
-                visits[cell.key] = Visit(
-                    round=min(made, key=lambda round: round.e2e_s),
-                    gaps_s=tuple(gap for round in made for gap in round.gaps_s),
-                    switch_s=seconds,
-                    peak_bytes=peak_bytes(measurer.device),
-                    state=measurer.reader.read(),
-                )
-        if progress is not None:
-            progress((place + 1) / len(keys))
-    return visits
-
-
-def interleaved(
-    measurer: Measurer,
-    cells: Sequence[Cell],
-    rounds: int,
-    *,
-    repeats: int = 1,
-    seed: int = 0,
-    progress: Callable[[float], None] | None = None,
-) -> tuple[list[CellResult], dict[str, str]]:
-    """*rounds* rounds over all *cells*, in another order each round, after one that warms up.
-
-    Compiled cells are measured one after the other instead: entering a mode anew would compile
-    anew.
-
-    Returns:
-        The results in the order of *cells*, and for those that cannot be measured here the reason
-        by key.
-    """
-    possible, skipped = measurable(measurer, cells)
-    compiled = [cell for cell in possible if cell.decoding == Decoding.COMPILED]
-    visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
-    in_turn = [cell for cell in possible if cell not in compiled]
-    for number in range(rounds + 1):
-
-        def report(part: float, number: int = number) -> None:
-            if progress is not None:
-                progress((number + part) / (rounds + 1))
-
-        found = visit_all(
-            measurer, in_turn, seed=seed + number, repeats=repeats, warming=number == 0,
-            progress=report,
-        )  # fmt: skip
-        for key, visit in found.items():
-            visits[key].append(visit)
-    for cell in compiled:
-        visits[cell.key] = _compiled(measurer, cell, rounds)
-    return [collected(measurer, cell, visits[cell.key]) for cell in possible], skipped
-
-
-def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """The cells that can be measured here, and the reasons of the others by key.
-
-    Raises:
-        InputError: there is none.
-    """
-    possible: list[Cell] = []
-    skipped: dict[str, str] = {}
-    for cell in cells:
-        try:
-            measurer.check(cell)
-        except InputError as error:
-            skipped[cell.key] = str(error)
-        else:
-            possible.append(cell)
-    if not possible:
-        raise InputError(
-            f"no cell can be measured here: {next(iter(skipped.values()), 'none was asked for')}",
-            where=measurer.engine.stack.name,
-        )
-    return possible, skipped
-
-
-def collected(measurer: Measurer, cell: Cell, visits: Sequence[Visit]) -> CellResult:
-    """The result of *cell* from its visits."""
-    return measurer.result(
-        cell,
-        [visit.round for visit in visits],
-        gaps_s=[gap for visit in visits for gap in visit.gaps_s],
-        switch_s=tuple(dict.fromkeys(visit.switch_s for visit in visits)),
-        peak_bytes=max((visit.peak_bytes for visit in visits), default=None),
-        device_states=tuple(dict(visit.state) for visit in visits if visit.state is not None),
-    )
-
-
-def _compiled(measurer: Measurer, cell: Cell, rounds: int) -> list[Visit]:
-    torch.compiler.reset()
-    reset_peak(measurer.device)
-    with measurer.applied(cell.mode, cell.application) as (model, seconds):
-        one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-        for _ in range(3):  # compile, capture the graph, replay it
-            one.warm_up(whole=True)
-        visits = []
-        for _ in range(rounds):
-            round = one()
-            visits.append(
-                Visit(
-                    round=round, gaps_s=round.gaps_s, switch_s=seconds,
-                    peak_bytes=peak_bytes(measurer.device), state=measurer.reader.read(),
-                )
-            )  # fmt: skip
-    return visits

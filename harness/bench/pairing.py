@@ -1,4 +1,4 @@
-"""Two commits or environments in turn: each in a process of its own, asked round by round.
+"""Two commits or environments in turn: each in a process of its own, asked group by group.
 
 A worker is any command that ends in `lora-stack bench --serve …`; it loads its stack, says what it
 will measure, then answers one line for each line it is sent. Only one works at a time. Knows
@@ -17,12 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from harness.bench.cells import Cell
-from harness.bench.measuring import Measurer, Visit, collected, measurable, visit_all
+from harness.bench.measuring import Measurer
 from harness.bench.results import Results, as_benchmark_json, results_in
 from harness.bench.session import results_of
+from harness.bench.visiting import (
+    Visit,
+    collected,
+    groups_of,
+    measurable,
+    visit_group,
+)
 from harness.errors import InputError
 
 __all__ = ["Worker", "answers_on", "in_turn", "serve"]
+
+_A_VISIT = 5  # generations of a cell at most; a round of more has several visits
+_REMEDY = "see its message above; it must be a lora-stack with bench --serve as of this version"
 
 
 @contextlib.contextmanager
@@ -48,21 +58,35 @@ def serve(
     *,
     repeats: int = 1,
 ) -> None:
-    """Answer each line of *requests*: a number asks for a round with that seed, `end` for the
-    results of all rounds."""
+    """Say which groups of cells there are and how many visits a round has, then answer each line
+    of *requests*: a group's name asks for a visit of its cells, `end` for the results.
+
+    Raises:
+        InputError: no cell can be measured here, or a line names no group.
+    """
     possible, skipped = measurable(measurer, cells)
+    groups = groups_of(possible)
     visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
-    visit_all(measurer, possible, seed=0, warming=True)
-    _answer(answers, {"ready": [cell.key for cell in possible]})
+    for group in groups.values():
+        visit_group(measurer, group, warming=True)
+    a_round = -(-repeats // _A_VISIT)
+    _answer(answers, {"ready": list(groups), "visits": a_round})
     for line in requests:
-        if line.strip() == "end":
+        name = line.strip()
+        if name == "end":
             break
-        found = visit_all(measurer, possible, seed=int(line), repeats=repeats)
+        if name not in groups:
+            raise InputError(
+                f"was asked for {name!r}", where="bench --serve", remedy="use the same version"
+            )
+        found = visit_group(measurer, groups[name], repeats=-(-repeats // a_round))
         for key, visit in found.items():
             visits[key].append(visit)
-        _answer(answers, {"done": int(line)})
+        _answer(answers, {"done": name})
+    else:
+        return  # the other end is gone: nobody asks for results
     measurer.close_ceilings()
-    made = [collected(measurer, cell, visits[cell.key]) for cell in possible]
+    made = [collected(measurer, cell, visits[cell.key], a_round=a_round) for cell in possible]
     _answer(answers, as_benchmark_json(results_of(measurer, made, skipped, in_turn=True)))
 
 
@@ -115,9 +139,24 @@ class Worker:
             raise InputError(
                 "gave no answer" if not line else f"answered {line[:60]!r}",
                 where=f"the {self.name} side",
-                remedy="see its message above; it must be a lora-stack with bench --serve",
+                remedy=_REMEDY,
             )
         return found
+
+    def ready(self) -> tuple[list[str], int]:
+        """What it says once it is loaded and warm: the groups of cells that it can measure, and
+        how many visits make a round.
+
+        Raises:
+            InputError: it has ended, or says something else.
+        """
+        found = self.read()
+        groups, visits = found.get("ready"), found.get("visits")
+        if not isinstance(groups, list) or not isinstance(visits, int):
+            raise InputError(
+                "did not say what it measures", where=f"the {self.name} side", remedy=_REMEDY
+            )
+        return [str(name) for name in groups], visits
 
     def ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -134,20 +173,34 @@ def in_turn(
     progress: Callable[[float], None] | None = None,
     seed: int = 0,
 ) -> list[Results]:
-    """*rounds* rounds of every worker, in an order drawn anew each round; their results in the
-    order of *workers*.
+    """*rounds* rounds of every worker; their results in the order of *workers*.
+
+    The groups of cells come in an order drawn anew each time, and each is visited by one worker
+    right after the other; who goes first changes from time to time. Where a round has several
+    visits they are spread over as many passes: what slows a shared machine for a second shall not
+    hit all of one side's.
 
     Raises:
         InputError: a worker ended, or answered what cannot be read.
     """
+    groups: dict[str, list[Worker]] = {}
+    visits = 1
     for worker in workers:
-        worker.read()  # ready: loaded and warm
+        having, a_round = worker.ready()
+        visits = max(visits, a_round)
+        for name in having:
+            groups.setdefault(name, []).append(worker)
     order = random.Random(seed)
-    for number in range(rounds):
-        turn = list(workers)
-        order.shuffle(turn)
-        for worker in turn:
-            worker.ask(str(number + 1))
-        if progress is not None:
-            progress((number + 1) / rounds)
+    firsts = {name: order.randrange(len(having)) for name, having in groups.items()}
+    passes = rounds * visits
+    for number in range(passes):
+        names = list(groups)
+        order.shuffle(names)
+        for place, name in enumerate(names):
+            having_it = groups[name]
+            first = (firsts[name] + number) % len(having_it)
+            for worker in having_it[first:] + having_it[:first]:
+                worker.ask(name)
+            if progress is not None:
+                progress((number + (place + 1) / len(names)) / passes)
     return [results_in(worker.ask("end"), f"the {worker.name} side") for worker in workers]

@@ -267,8 +267,7 @@ def results_in(document: Mapping[str, Any], path: str) -> Results:
 def _cell(value: Any, path: str) -> CellResult:
     try:
         rounds = {
-            metric: tuple(_seconds(number) for number in value["rounds"][metric])
-            for metric in METRICS
+            metric: tuple(_time(number) for number in value["rounds"][metric]) for metric in METRICS
         }
         return CellResult(
             key=str(value["key"]),
@@ -290,6 +289,12 @@ def _cell(value: Any, path: str) -> CellResult:
         raise InputError(
             f"a measured cell is broken: {error!r}", where=path, remedy=_REMEDY
         ) from error
+
+
+def _time(value: Any) -> float:
+    if (number := _seconds(value)) == 0:
+        raise ValueError(f"a generation that took {value!r} seconds")
+    return number
 
 
 def _seconds(value: Any) -> float:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from harness.bench.cells import CellResult
@@ -75,15 +76,25 @@ def describe_stack(stack: AdapterStack) -> dict[str, Any]:
 
 
 def commit_here() -> dict[str, Any]:
-    """The commit of the working directory, as pytest-benchmark records it; empty outside git."""
+    """The commit of what runs, as pytest-benchmark records it; empty outside git.
+
+    That is the checkout that this code lies in, where git tracks it (two checkouts that are
+    compared share a working directory), else the working directory's.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=10, check=True
-        )
+            ["git", "-C", str(folder), *words],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
         return done.stdout.strip()
 
     try:
+        folder = Path(__file__).parent
+        try:
+            git("ls-files", "--error-unmatch", Path(__file__).name)
+        except subprocess.CalledProcessError:
+            folder = Path.cwd()
         return {
             "id": git("rev-parse", "HEAD"),
             "time": git("show", "-s", "--format=%cI", "HEAD"),

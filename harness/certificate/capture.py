@@ -22,7 +22,16 @@ from harness.engines.inspection import LiveLayer, LiveModel, bare_model
 __all__ = ["DEFAULT_PROMPTS", "Capture", "Probe", "capture", "forward", "probe_ids", "undisturbed"]
 
 #: What a certificate probes with where no prompts are given.
-DEFAULT_PROMPTS = ("The quick brown fox jumps over", "春江潮水连海平，海上明月共潮生。")
+DEFAULT_PROMPTS = (
+    "The quick brown fox jumps over",
+    "春江潮水连海平，海上明月共潮生。",
+    "Question: How many moons has Mars?\nAnswer:",
+    "def mean(values):\n    return sum(values) /",
+    "Le vin se bonifie avec l'âge, mais",
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+    "She closed the book, looked out of the window at the falling snow, and said:",
+    "Dear Sir or Madam, I am writing to you because",
+)
 _ROWS = 8  # of each layer: they are multiplied with the whole weight in float64
 _PROMPT_TOKENS = 48  # of each prompt; the algebra does not change with length
 _RANDOM_TOKENS = 24

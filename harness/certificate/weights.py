@@ -83,9 +83,7 @@ def scan_linear(
     wide = None if x is None else x.to(torch.float64)
     shown = out if pairs else min(out, _UNADAPTED_ROWS)
     reference = None if wide is None else wide.new_empty((wide.shape[0], shown))
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn((_DIRECTIONS, width), generator=generator, dtype=torch.float64)
-    directions = directions.to(device)
+    directions: Tensor | None = None  # drawn where something differs
     seen = torch.zeros((_DIRECTIONS, out), dtype=torch.float64, device=device)
     equal, differing, rounded_bf16, scaled = True, 0, True, [0.0, 0.0]
     coarse_bf16 = live.dtype != torch.bfloat16
@@ -111,6 +109,10 @@ def scan_linear(
                 measured += block.shape[0]
         if alike and not merged:
             continue
+        if directions is None:
+            generator = torch.Generator().manual_seed(0)
+            directions = torch.randn((_DIRECTIONS, width), generator=generator, dtype=torch.float64)
+            directions = directions.to(device)
         now = live[here].to(device, torch.float64)
         finite = finite and bool(torch.isfinite(now).all())
         excess = now - block
@@ -136,7 +138,7 @@ def scan_linear(
         norm = math.sqrt(square * out / max(1, measured))
         return Scan(weight=weight, reference=reference, norm=norm)
 
-    if equal and not any(merged.values()):
+    if directions is None or (equal and not any(merged.values())):
         return scan(equal=True, units=0.0, cause=None)
     if not finite:
         return scan(equal=False, units=math.inf, cause="it holds NaN or infinity")

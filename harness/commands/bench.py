@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another commit's or environment's lora-stack; its rounds run in turn with ours",
     )  # fmt: skip
     add_option(
-        gate, "--launches", metavar="N", type=int, default=4,
-        help="of each side with --against-command; its rounds are spread over them (4)",
+        gate, "--launches", metavar="N", type=int, default=10,
+        help="of each side with --against-command; its rounds are spread over them (10)",
     )  # fmt: skip
     add_option(gate, "--results", metavar="FILE", help="judge and report these; measure nothing")
     add_option(
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.serve:
         return _serve(arguments)
     if arguments.output:
-        check_place(Path(arguments.output))
+        check_place(Path(arguments.output), inputs=_inputs(arguments))
     # Older results that cannot be read are found before anything is measured.
     history = _history(arguments.against)
     if arguments.against_command:
@@ -111,6 +111,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_latency(console(), report, arguments.output)
     return 0 if report.outcome.passed else 1
+
+
+def _inputs(arguments: argparse.Namespace) -> list[Path]:
+    """The folders that are measured; none where only results are read."""
+    if arguments.results:
+        return []
+    stack = _stack(arguments)
+    found = [] if stack.random else [stack.base.path]
+    return [*found, *(a.path for a in stack.adapters if a.random_rank is None)]
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -199,8 +208,8 @@ def _stack(arguments: argparse.Namespace) -> AdapterStack:
 
 
 def _measured(arguments: argparse.Namespace) -> Results:
-    from harness.bench.measuring import interleaved
     from harness.bench.session import results_of
+    from harness.bench.visiting import interleaved
 
     out = errors() if arguments.json else console()
     stack = _stack(arguments)
@@ -296,9 +305,9 @@ def _judged(
     if history:
         return judge_history(history, results, thresholds)
     measured = Verdict(
-        name="latency: measured",
-        outcome=Outcome.HELD,
-        evidence=(f"{len(results.cells)} cells; held against nothing: see --against",),
+        name="latency: compared",
+        outcome=Outcome.SKIPPED,
+        evidence=(f"{len(results.cells)} cells measured, compared with nothing: see --against",),
     )
     skipped = [
         Verdict(name=f"latency: {key}", outcome=Outcome.SKIPPED, evidence=(reason,))

@@ -199,8 +199,15 @@ def _write(arguments: argparse.Namespace, records: Records, decided: Sequence[De
     else:
         write_text(Path(arguments.markdown), text)
     if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary_file).open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with Path(summary_file).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise InputError(
+                f"cannot be written: {error.strerror or error}",
+                where=summary_file,
+                remedy="check GITHUB_STEP_SUMMARY in the environment",
+            ) from error
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in annotation_lines(records):
             print(line, file=sys.stderr)

@@ -81,13 +81,19 @@ def run(arguments: argparse.Namespace) -> int:
         code = exit_code(error)
         collected.notes.append(f"interrupted: {collected.ran} of {request.planned} ran")
     report = _report(request, collected, complete=code is None)
+    unwritten: InputError | None = None
     if report.completions or not report.complete:
-        write_run(report, folder)
+        try:
+            write_run(report, folder)
+        except InputError as error:  # what was generated is shown all the same
+            unwritten = error
     if arguments.json:
         json.dump(as_json(report), sys.stdout, ensure_ascii=True, indent=2)
         print()
     else:
-        print_report(out, report, folder)
+        print_report(out, report, folder if unwritten is None else None)
+    if unwritten is not None:
+        raise unwritten
     if code is not None:
         return code
     if not report.completions and not report.verdicts:

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     preset = _preset(arguments, stack)
     folder = Path(arguments.output) if arguments.output else None
     if folder is not None:
-        check_place(folder)
+        check_place(folder, inputs=[stack.base.path, *(a.path for a in stack.adapters)])
     if not options.named:
         errors().print("no stack was named: this is the embedded tiny trained one")
     report = _examine(arguments, stack, preset)

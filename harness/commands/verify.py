@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from harness.interrupts import exit_code
 from harness.options import (
     APPLICATION_OPTION,
     PROMPT_OPTIONS,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from harness.certificate import Certificate
     from harness.preset import Preset
     from harness.stack import AdapterStack
+    from harness.verdict import Outcome
 
 SUMMARY = "prove that the stack is applied as claimed: the certificate, mode by mode"
 
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from harness.preflight import check_stack_files
     from harness.resolve import stack_from_options
-    from harness.verdict import overall
+    from harness.verdict import Outcome, overall
 
     options = stack_options_of(arguments)
     stack = stack_from_options(options)
@@ -47,7 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     preset = chosen_preset(arguments, stack)
     if not options.named:
         errors().print("no stack was named: this is the embedded tiny trained one")
-    certificates = _certify(arguments, stack, preset)
+    certificates: dict[str, Certificate] = {}
+    code = None
+    try:
+        _certify(arguments, stack, preset, certificates)
+    except KeyboardInterrupt as error:
+        code = exit_code(error)
+        done = f"interrupted: {len(certificates)} of {len(stack.modes)} modes were certified"
+        certificates["the rest"] = _one_check("the rest", Outcome.UNDECIDED, done)
     verdicts = [_named(mode, c) for mode, c in certificates.items()]
     outcome = overall(verdicts)
     if arguments.json:
@@ -65,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         print()
     else:
         _print(stack, certificates, outcome.value)
+    if code is not None:
+        return code
     return 0 if outcome.passed else 1
 
 
@@ -74,18 +85,33 @@ def _named(mode: str, certificate: Certificate) -> Any:
     return Verdict(name=mode, outcome=certificate.verdict)
 
 
+def _one_check(
+    subject: str, outcome: Outcome, said: str, remedy: str | None = None, *, name: str = "run"
+) -> Certificate:
+    from harness.certificate import Certificate
+    from harness.verdict import Verdict
+
+    check = Verdict(name=name, outcome=outcome, evidence=(said,), remedy=remedy)
+    return Certificate(subject=subject, checks=(check,))
+
+
 def _certify(
-    arguments: argparse.Namespace, stack: AdapterStack, preset: Preset
-) -> dict[str, Certificate]:
-    from harness.certificate import Certificate, certify_stack
+    arguments: argparse.Namespace,
+    stack: AdapterStack,
+    preset: Preset,
+    certificates: dict[str, Certificate],
+) -> None:
+    """Fill *certificates*; a mode that runs out of memory is not the last."""
+    from harness.certificate import certify_stack
     from harness.completion import Application
     from harness.engines import load_engine
+    from harness.engines.faults import device_fault, give_memory_back
     from harness.engines.loading import ActivationError
-    from harness.verdict import Outcome, Verdict
+    from harness.verdict import Outcome
 
     application = Application(arguments.application)
-    certificates: dict[str, Certificate] = {}
     widest = max(stack.modes, key=lambda mode: len(mode.adapters)).name if stack.modes else None
+    broken_by = ""
     try:
         with load_engine(
             stack,
@@ -94,27 +120,41 @@ def _certify(
             trust_remote_code=arguments.trust_remote_code,
         ) as engine:
             for mode in stack.modes:
+                if broken_by:
+                    said = f"not run: the device has been broken since the mode {broken_by}"
+                    certificates[mode.name] = _one_check(mode.name, Outcome.UNDECIDED, said)
+                    continue
                 errors().print(f"certifying {mode.name} …")
-                with engine.mode(mode, application) as model:
-                    certificates[mode.name] = certify_stack(
-                        model,
-                        stack,
-                        mode=mode,
-                        tokenizer=engine.tokenizer,
-                        prompts=preset.prompts,
-                        generation=preset.settings,
-                        end_to_end=mode.name == widest,
+                try:
+                    with engine.mode(mode, application) as model:
+                        certificates[mode.name] = certify_stack(
+                            model,
+                            stack,
+                            mode=mode,
+                            tokenizer=engine.tokenizer,
+                            prompts=preset.prompts,
+                            generation=preset.settings,
+                            end_to_end=mode.name == widest,
+                        )
+                except Exception as error:
+                    fault = device_fault(error)
+                    if fault is None:
+                        raise
+                    certificates[mode.name] = _one_check(
+                        mode.name, Outcome.FAILED, fault.said, fault.remedy
                     )
+                    broken_by = mode.name if fault.sticky else ""
+                if not broken_by:
+                    give_memory_back()
     except ActivationError as error:
         # The engine itself found the live model to be other than the files.
-        check = Verdict(
+        certificates["loading"] = _one_check(
+            "the load",
+            Outcome.FAILED,
+            str(error),
+            "check the adapter's folder against the base that it was trained on",
             name="loading",
-            outcome=Outcome.FAILED,
-            evidence=(str(error),),
-            remedy="check the adapter's folder against the base that it was trained on",
         )
-        certificates["loading"] = Certificate(subject="the load", checks=(check,))
-    return certificates
 
 
 def _print(stack: AdapterStack, certificates: dict[str, Certificate], outcome: str) -> None:

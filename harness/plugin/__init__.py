@@ -19,7 +19,8 @@ from harness.completion import Completion, Prompt
 from harness.errors import InputError
 from harness.interrupts import terminable
 from harness.options import spellings
-from harness.plugin.accepted import ACCEPTED, Accepted, Completions, Judged
+from harness.plugin.accepted import ACCEPTED, Accepted, Completions
+from harness.plugin.concluding import pytest_assertrepr_compare, pytest_runtest_makereport
 from harness.plugin.latency import (
     chosen_cells,
     lora_cell,
@@ -30,6 +31,7 @@ from harness.plugin.latency import (
     skip_without_meaning,
 )
 from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
+from harness.plugin.saving import UNSAVED, check_saving, save_whole
 from harness.plugin.setting import (
     DEST,
     OPTIONS,
@@ -38,13 +40,7 @@ from harness.plugin.setting import (
     read_setting,
     snapshots_folder,
 )
-from harness.plugin.summary import (
-    case_of,
-    outcome_of,
-    properties_of,
-    write_end,
-    write_summary,
-)
+from harness.plugin.summary import write_end, write_summary
 from harness.preset import Preset
 from harness.provenance import versions
 from harness.resolve import StackOptions, stack_from_options
@@ -60,8 +56,10 @@ __all__ = [
     "lora_cell",
     "lora_latency",
     "lora_measured",
+    "pytest_assertrepr_compare",
     "pytest_benchmark_update_json",
     "pytest_benchmark_update_machine_info",
+    "pytest_runtest_makereport",
 ]
 
 _MARKERS = (
@@ -125,6 +123,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # A stack that cannot be had is an error before any test is collected.
         try:
             _ = setting.stack, setting.preset, snapshots_folder(config)
+            check_saving(config)
         except InputError as error:
             raise pytest.UsageError(shown(str(error))) from None
         if os.environ.get("CI") and config.getoption("update_snapshots", False):
@@ -246,6 +245,13 @@ def lora_engine(pytestconfig: pytest.Config, lora_stack: AdapterStack) -> Iterat
         )
     except InputError as error:
         pytest.fail(shown(str(error)), pytrace=False)
+    except Exception as error:
+        from harness.engines.faults import device_fault
+
+        fault = device_fault(error)
+        if fault is None:
+            raise
+        pytest.fail(shown(f"{fault.said} → {fault.remedy}"), pytrace=False)
     with engine:
         yield engine
 
@@ -367,29 +373,11 @@ def lora_judge(request: pytest.FixtureRequest) -> Callable[[Verdict], None]:
     return judge
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    # User properties travel to JUnit, and from xdist's workers to the controller's summary.
-    if call.when == "call" and (parameters := case_of(item)):
-        item.user_properties.extend(parameters.items())
-        judged = _concluded(item)
-        if not any(name == "lora_verdict" for name, _ in item.user_properties):
-            item.user_properties.append(("lora_verdict", outcome_of(call, judged).value))
-        item.user_properties.extend(properties_of(judged))
-    return (yield)
-
-
-def _concluded(item: pytest.Item) -> list[Judged]:
-    """The test's comparisons with snapshots, each recorded for review."""
-    snapshot = getattr(item, "funcargs", {}).get("lora_snapshot")
-    accepted = item.config.stash.get(ACCEPTED, None)
-    if snapshot is None or accepted is None:
-        return []
-    return accepted.conclude(snapshot.executions)
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if session.config.stash[SETTING].asked_for and not hasattr(session.config, "workerinput"):
+    if not session.config.stash[SETTING].asked_for:
+        return
+    save_whole(session.config)
+    if not hasattr(session.config, "workerinput"):
         # A scheduler's SIGTERM ends the session as Ctrl-C does: with a summary of what ran.
         ending = contextlib.ExitStack()
         ending.enter_context(terminable())
@@ -405,6 +393,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
+    if config.stash.get(UNSAVED, []) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if not config.stash[SETTING].asked_for or ORPHANS in config.stash:
         return
     orphans = find_orphans(config)
@@ -424,4 +414,9 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     write_summary(terminalreporter, config)
-    write_end(terminalreporter, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
+    unsaved: list[str] = config.stash.get(UNSAVED, [])
+    write_end(
+        terminalreporter,
+        interrupted=exitstatus == pytest.ExitCode.INTERRUPTED,
+        unsaved=unsaved,
+    )

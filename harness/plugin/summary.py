@@ -136,14 +136,13 @@ def _orphan_lines(orphans: Sequence[str]) -> list[str]:
     ]
 
 
-def write_end(terminalreporter: Any, *, interrupted: bool) -> None:
-    """Which tests a worker crashed in, and how many ran before an interrupt."""
+def write_end(terminalreporter: Any, *, interrupted: bool, unsaved: Sequence[str]) -> None:
+    """Which tests a worker crashed in, how many ran before an interrupt, what was not saved."""
     stats = terminalreporter.stats
     # xdist reports a lost worker's test under no phase of its own.
     crashed = [r.nodeid for r in stats.get("failed", ()) if getattr(r, "when", None) == "???"]
-    if not (crashed or interrupted):
-        return
-    terminalreporter.section("lora-stack: not run to the end")
+    if crashed or interrupted:
+        terminalreporter.section("lora-stack: not run to the end")
     for nodeid in crashed:
         terminalreporter.line(shown(f"failed: {nodeid}: its worker crashed"))
     if interrupted:
@@ -153,8 +152,17 @@ def write_end(terminalreporter: Any, *, interrupted: bool) -> None:
             for report in stats.get(kind, ())
             if hasattr(report, "nodeid")
         }
-        planned = terminalreporter._numcollected - len(stats.get("deselected", ()))
-        terminalreporter.line(f"interrupted: {len(ran)} of {planned} tests ran")
+        # Without the deselected ones; under xdist it is what the workers have collected.
+        planned = terminalreporter._session.testscollected
+        terminalreporter.line(
+            f"interrupted: {len(ran)} of {planned} tests ran"
+            if planned
+            else "interrupted before the tests were collected"
+        )
+    if unsaved:
+        terminalreporter.section("lora-stack: not saved")
+    for line in unsaved:
+        terminalreporter.line(f"error: {line}")
 
 
 def _next_commands(config: pytest.Config, outcomes: Sequence[str]) -> list[str]:

@@ -58,8 +58,22 @@ class LatencyReport:
 
     @property
     def outcome(self) -> Outcome:
-        """The worst verdict."""
-        return overall(self.verdicts)
+        """The worst verdict; `skipped` where nothing was compared."""
+        made = [verdict for verdict in self.verdicts if verdict.outcome is not Outcome.SKIPPED]
+        return overall(made or self.verdicts)
+
+    @property
+    def heading(self) -> str:
+        """`held`, `failed`, …; `measured` where nothing was compared."""
+        return "measured" if self.outcome is Outcome.SKIPPED else self.outcome.value
+
+    @property
+    def counts(self) -> str:
+        """How many verdicts passed, or that there is none."""
+        if self.outcome is Outcome.SKIPPED:
+            return "Compared with nothing: see --against."
+        passed = sum(verdict.passed for verdict in self.verdicts)
+        return f"{passed} of {len(self.verdicts)} verdicts passed."
 
 
 def markers(results: Results) -> list[str]:
@@ -243,15 +257,14 @@ def as_markdown(report: LatencyReport) -> str:
     """The report for people, every foreign text inert."""
     results = report.results
     lines = [
-        f"# Latency of {inline(str(results.stack.get('name', '')))}: {report.outcome.value}",
+        f"# Latency of {inline(str(results.stack.get('name', '')))}: {report.heading}",
         "",
     ]
     lines += [f"> **{inline(line)}**\n" for line in markers(results)]
     lines += [f"- {inline(name)}: {inline(value)}" for name, value in _environment(results)]
     bad = [verdict for verdict in report.verdicts if not verdict.passed]
-    good = len(report.verdicts) - len(bad)
-    lines += ["", "## Verdicts", "", f"{good} of {len(report.verdicts)} passed."]
-    if bad or good == 1:
+    lines += ["", "## Verdicts", "", report.counts]
+    if bad or len(report.verdicts) == 1:
         lines += ["", table(["figure", "verdict", "evidence", "remedy"], [
             [v.name, v.outcome.value, "; ".join(v.evidence), v.remedy or ""]
             for v in (bad or report.verdicts)
@@ -305,13 +318,13 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
         made.append(
             {
                 "title": "Compared",
-                "text": "New over old, 99 % interval, p of the rank test corrected over the table, "
+                "text": "New over old, 99 % interval, p of the rank test, "
                 "and how far apart equal things were.",
                 "head": ["figure", "old ms", "new ms", "ratio", "low", "high", "p", "noise floor",
                          "verdict"],
                 "rows": [
                     [c.samples.name, c.old_s * 1e3, c.new_s * 1e3, c.ratio, c.low, c.high,
-                     c.p_adjusted, math.expm1(c.samples.floor) if c.samples.floor < 5 else None,
+                     c.p_judged, math.expm1(c.samples.floor) if c.samples.floor < 5 else None,
                      c.outcome.value]
                     for c in report.changes
                 ],
@@ -352,15 +365,14 @@ def write_latency(report: LatencyReport, folder: Path) -> Path:
     results = report.results
     page = render(
         _TEMPLATE,
-        title=f"Latency of {results.stack.get('name', '')}: {report.outcome.value}",
+        title=f"Latency of {results.stack.get('name', '')}: {report.heading}",
         subtitle=f"{results.fingerprint.get('device') or results.fingerprint.get('cpu')}, "
         f"{results.conditions.get('dtype')}, {results.moment}",
         markers=markers(results),
         environment=_environment(results),
         checks=[v.as_json() for v in report.verdicts if not v.passed]
         or [v.as_json() for v in report.verdicts[:1]],
-        passed=sum(v.passed for v in report.verdicts),
-        total=len(report.verdicts),
+        counts=report.counts,
         plots=[{"title": p.title, "caption": p.caption, "uri": image_uri(p.svg)} for p in plots],
         hint=hint,
         tables=_tables(report),

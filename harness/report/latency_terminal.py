@@ -26,8 +26,7 @@ def print_latency(out: Console, report: LatencyReport, output: str | None) -> No
         out.print(f"! {shown(line)}")
     _figures(out, report)
     _ratios(out, report)
-    passed = sum(verdict.passed for verdict in report.verdicts)
-    out.print(f"{report.outcome.value}: {passed} of {len(report.verdicts)} verdicts passed")
+    out.print(f"{report.heading}: {report.counts}")
     bad = [verdict for verdict in report.verdicts if not verdict.passed]
     for verdict in bad[:_MOST]:
         out.print(f"{verdict.outcome.value}: {shown(verdict.name)}")

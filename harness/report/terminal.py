@@ -108,8 +108,12 @@ def progress_bar(
         yield lambda mode, share: bar.update(tasks[mode], completed=share)
 
 
-def print_report(out: Console, report: RunReport, folder: Path) -> None:
-    """Each prompt with every mode's words, then the verdicts and the summary."""
+def print_report(out: Console, report: RunReport, folder: Path | None) -> None:
+    """Each prompt with every mode's words, then the verdicts and the summary.
+
+    Args:
+        folder: where the report was written; None where it could not be.
+    """
     for prompt in report.preset.prompts:
         rows = completions_of(report, prompt)
         if rows:
@@ -128,8 +132,8 @@ def print_report(out: Console, report: RunReport, folder: Path) -> None:
     for note in report.notes:
         out.print(Text(f"note: {shown(note)}", style="yellow"))
     out.print(Text.assemble("verdict: ", (report.outcome.value, outcome_style(report.outcome))))
-    if report.completions or not report.complete:
-        out.print(Text(f"report:  {folder / 'report.md'}  {folder / 'report.json'}"))
+    if folder is not None and (report.completions or not report.complete):
+        out.print(Text(shown(f"report:  {folder / 'report.md'}  {folder / 'report.json'}")))
 
 
 def _side_by_side(rows: Sequence[Completion]) -> Table:

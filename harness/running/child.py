@@ -19,6 +19,7 @@ from harness.errors import InputError
 from harness.running.collected import Collected, Request
 from harness.running.in_process import run_here
 from harness.running.messages import as_line, completion_message
+from harness.terminal import shown
 
 __all__ = ["main"]
 
@@ -73,6 +74,18 @@ def main() -> None:
         run_here(request, telling, loaded=loaded, progress=progress)
     except InputError as error:
         telling.tell("refused", faults=[[one.fault, one.where, one.remedy] for one in error.faults])
+    except Exception as error:
+        from harness.engines.faults import device_fault
+
+        fault = device_fault(error)
+        if fault is not None:  # while loading: of a mode it is told already
+            telling.tell("refused", faults=[[fault.said, "loading", fault.remedy]])
+        elif os.environ.get("LORA_STACK_TRACEBACK"):
+            raise
+        else:
+            for line in f"{type(error).__name__}: {error}".split("\n"):
+                print(f"error: {shown(line)}", file=sys.stderr)
+            sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,29 @@
     python -m harness.tests.many_writers together FOLDER PROCESSES SNAPSHOTS ROUNDS
     python -m harness.tests.many_writers kill FOLDER snapshot|benchmark KILLS
 
-Prints a JSON object. Imports no torch: a fork is cheap and has no threads.
+Prints a JSON object. A benchmark is saved as a user does it: by a pytest session with
+`--benchmark-json` over the old file. Imports no torch: a fork is cheap and has no threads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from harness.completion import Prompt
 from harness.snapshot import read_snapshot, snapshot_of, write_form
 from harness.snapshot_files import evidence_of, read_pair, write_pair
-from harness.staging import write_text
+from harness.staging import check_place
 from harness.tests.values import completion
 
 _TOKENS = 400
@@ -73,15 +78,10 @@ def together(folder: Path, processes: int, snapshots: int, rounds: int) -> dict[
         for process in range(processes):
             child = os.fork()
             if child == 0:
-                try:
-                    order = list(range(snapshots))
-                    random.Random(process).shuffle(order)
-                    for number in order:
-                        accept(folder, number, turn * processes + process)
-                    os._exit(0)
-                except BaseException as error:
-                    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                    os._exit(1)
+                order = list(range(snapshots))
+                random.Random(process).shuffle(order)
+                value = turn * processes + process
+                _quietly(lambda order=order, value=value: [accept(folder, n, value) for n in order])
             children.append(child)
         seen["failed"] += sum(os.waitpid(child, 0)[1] != 0 for child in children)
         for number in range(snapshots):
@@ -96,7 +96,8 @@ def together(folder: Path, processes: int, snapshots: int, rounds: int) -> dict[
     return seen
 
 
-def _snapshot(folder: Path, value: int) -> None:
+def _snapshot(folder: Path, value: int, begun: Callable[[], object]) -> None:
+    begun()
     for number in range(3):
         accept(folder, number, value)
 
@@ -105,32 +106,74 @@ def _snapshot_state(folder: Path) -> list[int | None]:
     return [accepted(folder, number) for number in range(3)]
 
 
-def _benchmark(folder: Path, value: int) -> None:
-    # As a benchmark file is saved: one JSON document through the staging.
-    write_text(folder / "benchmark.json", json.dumps({"value": value, "seconds": [value] * 20_000}))
+_BENCHMARKS = """
+import pytest
+
+@pytest.mark.parametrize("number", range(8))
+def test_one(benchmark, number):
+    benchmark.extra_info["value"] = {value}
+    benchmark.extra_info["seconds"] = [{value}.5] * 2000
+    benchmark.pedantic(int, rounds=2)
+"""
+
+
+def _benchmark(folder: Path, value: int, begun: Callable[[], object]) -> None:
+    import pytest
+
+    (folder / "session").mkdir(exist_ok=True)
+    test = folder / "session" / f"test_{value}.py"  # a process imports a module once
+    test.write_text(_BENCHMARKS.format(value=value), encoding="utf-8")
+
+    class Saving:
+        """Says when the measuring is over and the saving begins."""
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_benchmark_update_json(self) -> None:
+            begun()
+
+    kept = folder / "benchmark.json"
+    code = pytest.main(
+        [str(test), "-q", "--preset=elegant_style", "-p", "no:cacheprovider", "-p", "no:xdist",
+         "--benchmark-quiet", f"--rootdir={folder}", f"--benchmark-json={kept}"],
+        plugins=[Saving()],
+    )  # fmt: skip
+    assert code == 0, code
 
 
 def _benchmark_state(folder: Path) -> list[int | None]:
     path = folder / "benchmark.json"
     if not path.exists():
         return [None]
-    document = json.loads(path.read_text(encoding="utf-8"))
-    assert document["seconds"] == [document["value"]] * 20_000
-    return [document["value"]]
+    listed = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+    values = {benchmark["extra_info"]["value"] for benchmark in listed}
+    assert (len(listed), len(values)) == (8, 1)
+    assert all(b["extra_info"]["seconds"] == [b["extra_info"]["value"] + 0.5] * 2000
+               for b in listed)  # fmt: skip
+    return [values.pop()]
 
 
-KILLED: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], list[int | None]]]] = {
-    "snapshot": (_snapshot, _snapshot_state),
-    "benchmark": (_benchmark, _benchmark_state),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Killed:
+    """What is killed: `write` calls what it is given when it begins to save."""
+
+    write: Callable[[Path, int, Callable[[], object]], None]
+    state: Callable[[Path], list[int | None]]
+
+
+KILLED = {
+    "snapshot": _Killed(write=_snapshot, state=_snapshot_state),
+    "benchmark": _Killed(write=_benchmark, state=_benchmark_state),
 }
 
 
 def kill(folder: Path, what: str, kills: int) -> dict[str, int]:
-    """Kill a writer at a random moment, *kills* times while it is at work; the moments are drawn
-    up to a horizon that shrinks when the writer finishes first and grows when it is caught."""
-    write, state = KILLED[what]
-    write(folder, 0)
-    current = state(folder)
+    """Kill a writer at a random moment of its saving, *kills* times while it is at it; the moments
+    are drawn up to a horizon that shrinks when the writer finishes first and grows when it is
+    caught."""
+    killed = KILLED[what]
+    with _nothing_said():
+        killed.write(folder, 0, lambda: None)  # here: what it imports, no child imports again
+    current = killed.state(folder)
     seen = {"killed": 0, "old": 0, "new": 0, "partial": 0, "lost": 0}
     chance, horizon, value = random.Random(0), 0.02, 0
     while seen["killed"] < kills:
@@ -138,22 +181,21 @@ def kill(folder: Path, what: str, kills: int) -> dict[str, int]:
         ready, told = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(told, b"x")
-            write(folder, value)
-            os._exit(0)
+            begun = functools.partial(os.write, told, b"x")
+            _quietly(functools.partial(killed.write, folder, value, begun))
         os.close(told)
-        os.read(ready, 1)
+        assert os.read(ready, 1) == b"x", "the writer failed before it began to save"
         os.close(ready)
         time.sleep(chance.random() * horizon)
         os.kill(child, signal.SIGKILL)
         finished = os.WIFEXITED(os.waitpid(child, 0)[1])
         horizon *= 0.9 if finished else 1.05
+        seen["killed"] += not finished
         try:
-            found = state(folder)
+            found = killed.state(folder)
         except Exception:
             seen["partial"] += 1
             continue
-        seen["killed"] += not finished
         seen["lost"] += any(
             now not in (then, value) for then, now in zip(current, found, strict=True)
         )
@@ -163,8 +205,29 @@ def kill(folder: Path, what: str, kills: int) -> dict[str, int]:
     old = time.time() - 60
     for entry in folder.rglob(".staging*"):
         os.utime(entry, (old, old))
-    write(folder, value + 1)
+    for parent in {entry.parent for entry in folder.rglob(".staging*")}:
+        check_place(parent / "next")  # sweeps, as the next process that writes there does
     return seen | {"litter": len(_litter(folder))}
+
+
+@contextlib.contextmanager
+def _nothing_said() -> Iterator[None]:
+    """Standard output goes nowhere."""
+    kept = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    yield
+    os.dup2(kept, 1)
+
+
+def _quietly(work: Callable[[], object]) -> NoReturn:
+    """Do it and end this process, with nothing on standard output."""
+    try:
+        with _nothing_said():
+            work()
+        os._exit(0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def main() -> None:

@@ -131,6 +131,25 @@ def test_faulty_tensors_are_named(adapter_copy, change, complaint):
         read_adapter(folder)
 
 
+def test_faults_of_the_config_and_of_the_weights_are_told_at_once(adapter_copy):
+    folder = adapter_copy(r="4", fan_in_fan_out="false")
+    second = FIRST.replace("layers.0", "layers.1")
+
+    def change(tensors):
+        tensors[FIRST] = tensors[FIRST][:3].clone()
+        tensors.pop(second)
+
+    rewrite(folder, change)
+    with pytest.raises(InputError) as raised:
+        read_adapter(folder)
+    assert [str(fault).split(": ", 1)[1].split(" → ")[0] for fault in raised.value.faults] == [
+        "fan_in_fan_out: 'false' is not true or false",
+        "r: '4' is not a rank",
+        "module 'model.layers.0.mlp.down_proj': A has rank 3, B has rank 4",
+        "module 'model.layers.1.mlp.down_proj': lora_A is missing",
+    ]
+
+
 def test_pickle_is_refused_and_not_read(adapter_copy):
     folder = adapter_copy()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

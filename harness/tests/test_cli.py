@@ -175,3 +175,32 @@ def test_reader_that_goes_away_is_no_error():
     )  # fmt: skip
     assert done.stdout == "{"
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_does_not_fit_is_no_bug_of_ours(capsys, monkeypatch):
+    import harness.engines
+
+    def load(*_, **__):
+        raise MemoryError("8 GiB asked")
+
+    monkeypatch.setattr(harness.engines, "load_engine", load)
+    assert run("--preset", "elegant_style") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: out of memory: 8 GiB asked → lower --batch-size or --max-new-tokens, or choose a "
+        "smaller --dtype"
+    )
+
+
+def test_what_was_generated_is_shown_where_the_report_cannot_be_written(capsys, monkeypatch):
+    import harness.report.run
+    from harness.errors import InputError
+
+    def write(report, folder):
+        raise InputError("cannot be written: No space left on device", where=folder)
+
+    monkeypatch.setattr(harness.report.run, "write_run", write)
+    assert run("--preset", "elegant_style", "--modes", "base", "--output", "out") == 2
+    said = capsys.readouterr()
+    assert "verdict: " in said.out
+    assert "report.md" not in said.out
+    assert said.err.splitlines()[-1] == "error: out: cannot be written: No space left on device"

@@ -138,6 +138,16 @@ def test_a_folder_that_cannot_be_written_leaves_the_verdict(project, stack_argum
     result.stdout.fnmatch_lines(["not left for review: *"])
 
 
+def test_a_snapshot_that_cannot_be_written_is_a_line(project, stack_arguments):
+    project.makepyfile(GENERATION)
+    (project.path / "snapshots").write_text("in the way")
+    result = project.runpytest_inprocess("--snapshot-update", *stack_arguments, "--modes=base")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["E * completion == snapshot", "E *snapshots*: cannot be *"])
+    assert "Traceback" not in result.stdout.str()
+    assert (project.path / "snapshots").read_text() == "in the way"
+
+
 def test_generating_anew_on_request_says_the_same(project, stack_arguments):
     project.makepyfile(GENERATION)
     project.runpytest_inprocess("--snapshot-update", *stack_arguments)

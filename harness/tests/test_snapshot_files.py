@@ -1,9 +1,13 @@
 """A snapshot's two files are written and read as one, whoever else writes, whenever killed."""
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from harness.snapshot_files import (
     Pair,
     evidence_of,
     read_pair,
+    replace_pair,
     sidecar_bytes,
     sidecar_of,
     write_pair,
@@ -38,23 +43,22 @@ def test_pair_is_read_back(tmp_path):
 def test_stopped_between_any_two_steps_the_old_or_the_new_is_there(tmp_path, monkeypatch, stop):
     path = tmp_path / "case.toml"
     write_pair(path, TEXT, b"old")
-    from harness import snapshot_files
+    real, calls = os.replace, []
 
-    real, calls = snapshot_files.write_bytes, []
-
-    def stopped(place, data):
-        calls.append(place)
+    def stopped(source, target):
+        calls.append(target)
         if len(calls) == stop:
             raise KeyboardInterrupt
-        real(place, data)
+        real(source, target)
 
-    monkeypatch.setattr(snapshot_files, "write_bytes", stopped)
+    monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_pair(path, b"new", b"new")
     monkeypatch.undo()
     pair = read_pair(path)
     expected = {1: (TEXT, b"old"), 2: (TEXT, b"old"), 3: (b"new", b"new")}[stop]
     assert (pair.text, evidence_of(pair, where=path)) == expected
+    assert sorted(os.listdir(tmp_path)) == ["case.evidence", "case.toml"]
     write_pair(path, b"next", b"next")
     assert evidence_of(read_pair(path), where=path) == b"next"
 
@@ -104,6 +108,107 @@ def test_missing_sidecar_and_a_folder_in_the_way_are_said(tmp_path):
         read_pair(path)
     with pytest.raises(InputError, match="cannot be written: Is a directory"):
         write_pair(path, TEXT, b"")
+
+
+def test_writing_what_is_there_writes_nothing(tmp_path):
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    before = [file.stat() for file in (path, sidecar_of(path))]
+    write_pair(path, TEXT, b"evidence")
+    assert [file.stat() for file in (path, sidecar_of(path))] == before
+    write_pair(path, TEXT, b"other")
+    assert path.stat() == before[0]
+    assert evidence_of(read_pair(path), where=path) == b"other"
+
+
+def held(path):
+    """A lock on the sidecar, as another process that writes there holds it."""
+    descriptor = os.open(sidecar_of(path), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def test_a_stopped_writer_stops_no_reader_and_makes_the_next_writer_say_so(tmp_path, monkeypatch):
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    monkeypatch.setattr("harness.snapshot_files._PATIENCE_TO_READ", 0.01)
+    monkeypatch.setattr("harness.snapshot_files._PATIENCE_TO_WRITE", 0.01)
+    descriptor = held(path)
+    with pytest.raises(InputError, match=r"case\.toml: .*another process has held it"):
+        write_pair(path, b"new", b"new")
+    assert evidence_of(read_pair(path), where=path) == b"evidence"
+    write_pair(tmp_path / "other.toml", b"new", b"new")  # its neighbours do not wait
+    os.close(descriptor)
+    write_pair(path, b"new", b"new")
+    assert evidence_of(read_pair(path), where=path) == b"new"
+
+
+def test_without_locks_pairs_are_written_and_read_all_the_same(tmp_path, monkeypatch):
+    def none(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    path = tmp_path / "case.toml"
+    for text in (TEXT, b"new"):
+        write_pair(path, text, text)
+        assert evidence_of(read_pair(path), where=path) == text
+
+
+def test_without_locks_what_stays_no_pair_is_told(tmp_path, monkeypatch):
+    def none(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    sidecar_of(path).unlink()
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert read_pair(path) == Pair(text=TEXT, sidecar=None)
+    sidecar_of(path).write_bytes(sidecar_bytes(b"other", b"evidence"))
+    with pytest.raises(InputError, match="line 1: was edited"):
+        evidence_of(read_pair(path), where=path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file: cannot be made: File exists"):
+        write_pair(tmp_path / "file" / "case.toml", TEXT, b"")
+    path = tmp_path / "case.toml"
+    path.write_bytes(TEXT)
+    sidecar_of(path).mkdir()
+    with pytest.raises(InputError, match=r"case\.toml: cannot be read: Is a directory"):
+        replace_pair(path, TEXT, sidecar_bytes(TEXT, b""), expected=("", ""))
+
+
+def test_an_edit_that_the_marks_do_not_show_is_noticed_all_the_same(tmp_path):
+    path = tmp_path / "case.toml"
+    write_pair(path, b"line 0", b"evidence")
+    mark = zlib.crc32(b"line 0") & 0xFF
+    other = next(
+        line for n in range(1, 10_000)
+        if zlib.crc32(line := f"line {n}".encode()) & 0xFF == mark
+    )  # fmt: skip
+    path.write_bytes(other)
+    with pytest.raises(InputError, match=r"case\.toml: was edited since it was accepted"):
+        evidence_of(read_pair(path), where=path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(21, 0xFF), (24, 0xFF), (4, 2)])
+def test_lengths_that_lie_under_a_right_checksum_are_damage(place, value):
+    body = bytearray(sidecar_bytes(TEXT, b"evidence")[:-8])
+    body[place] = value
+    lying = bytes(body) + hashlib.sha256(body).digest()[:8]
+    with pytest.raises(InputError, match="is damaged"):
+        evidence_of(Pair(text=TEXT, sidecar=lying), where="x.toml")
+
+
+@pytest.mark.parametrize("name", ["case.toml", "case.evidence"])
+def test_a_pipe_in_the_place_of_a_file_is_no_wait(tmp_path, name):
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"evidence")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="is no regular file"):
+        read_pair(path)
 
 
 # Every text names its evidence, so that a reader can tell a mixture. One process imports and forks.

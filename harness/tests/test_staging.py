@@ -207,6 +207,7 @@ def test_an_output_in_an_input_or_around_one_or_a_link_is_refused(tmp_path):
             check_place(bad, inputs=[source], replace=True)
         with pytest.raises(InputError, match=words), staged_folder(bad, inputs=[source]):
             pytest.fail("the block ran")
+    check_place(tmp_path / "beside", inputs=[source, tmp_path / "absent"])
     (tmp_path / "dangling").symlink_to("nowhere")
     for link in ("link", "dangling"):
         with pytest.raises(InputError, match="is a link"):

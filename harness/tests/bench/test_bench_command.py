@@ -35,7 +35,9 @@ def test_every_output_is_marked_random(measured, capsys, base):
 
 def test_the_figures_are_all_there(measured):
     report = json.loads((measured / "report.json").read_text())
-    assert report["verdict"] == "held"
+    assert report["verdict"] == "skipped"  # nothing was compared
+    assert (measured / "report.md").read_text().startswith("# Latency of")
+    assert "measured" in (measured / "report.md").read_text().splitlines()[0]
     cells = {row["cell"] for row in report["figures"]}
     assert cells == {
         "base, batch 1", "stacked live, batch 1", "stacked flattened, batch 1",
@@ -121,7 +123,8 @@ def test_compiled_decoding_without_cuda_is_skipped_with_the_reason(base, capsys)
     assert code == 0
     assert {row["decoding"] for row in report["figures"]} == {"dynamic", "static"}
     assert {row["against"] for row in report["decoding"]} == {"dynamic"}
-    reasons = [c["evidence"][0] for c in report["checks"] if c["verdict"] == "skipped"]
+    nothing, *reasons = [c["evidence"][0] for c in report["checks"] if c["verdict"] == "skipped"]
+    assert "compared with nothing" in nothing
     assert len(reasons) == 2
     assert "compiles decode steps on CUDA" in reasons[0]
 
@@ -129,8 +132,8 @@ def test_compiled_decoding_without_cuda_is_skipped_with_the_reason(base, capsys)
 @pytest.mark.slow
 def test_two_environments_run_in_turn(base, tmp_path, capsys, monkeypatch):
     """Here both are this one, so the floor is what two processes of the same code show."""
-    words = [*base, "--rounds", "12", "--applications", "live", "--against-command",
-             shlex.join([sys.executable, "-m", "harness.cli"]), "--json"]  # fmt: skip
+    words = [*base, "--rounds", "12", "--launches", "2", "--applications", "live", "--json",
+             "--against-command", shlex.join([sys.executable, "-m", "harness.cli"])]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["lora-stack", *words])
     main(words)
     report = json.loads(capsys.readouterr().out)

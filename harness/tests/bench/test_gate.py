@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.bench.cells import METRICS
-from harness.bench.gate import compare_pairs, judge_changes, log_ratio_interval
+from harness.bench.comparing import compare_pairs
+from harness.bench.gate import judge_changes, log_ratio_interval
 from harness.bench.judging import judge_history, judge_pair, unlike
 from harness.verdict import Outcome, overall
 
@@ -101,17 +102,33 @@ def test_a_faster_cell_holds_and_is_told(results_of, cell_of):
     assert all(change.better for change in changes)
 
 
-def test_what_equal_processes_show_is_the_floor(results_of, cell_of):
-    """A machine on which A differs from A by 20 % cannot blame B for 10 %."""
+def test_what_launches_show_against_each_other_is_the_floor(results_of, cell_of):
+    """Where A/B says now +26 % and now −8 %, it cannot blame B for 7 %."""
 
     def one(scale):
         return results_of(cell_of("base-b1-i16-o4", rounds=[0.1 * scale * n for n in NOISE]))
 
     quiet, _ = judge_pair([one(1), one(1.005)] * 2, [one(1.1), one(1.105)] * 2)
-    noisy, _ = judge_pair([one(1), one(1.2)] * 2, [one(1.1), one(1.3)] * 2)
+    noisy, _ = judge_pair([one(1), one(1.2)] * 2, [one(1.26), one(1.1)] * 2)
+    drifting, _ = judge_pair([one(1), one(1.2)] * 2, [one(1.1), one(1.32)] * 2)
     assert overall(quiet) is Outcome.FAILED
     assert overall(noisy) is Outcome.HELD
     assert any("noise floor" in line for line in noisy[0].evidence)
+    # What changes between launches and for both sides alike is no noise of the comparison.
+    assert overall(drifting) is Outcome.FAILED
+
+
+def test_few_launches_or_nights_do_not_know_what_processes_differ_by(results_of, cell_of):
+    def one(scale):
+        return results_of(cell_of("base-b1-i16-o4", rounds=[0.1 * scale * n for n in NOISE]))
+
+    for launches in (1, 2, 3):
+        assert overall(judge_pair([one(1)] * launches, [one(1.09)] * launches)[0]) is Outcome.HELD
+        verdicts, _ = judge_pair([one(1)] * launches, [one(1.15)] * launches)
+        assert overall(verdicts) is Outcome.FAILED
+    assert overall(judge_history([one(1)] * 3, one(1.09))[0]) is Outcome.HELD
+    assert overall(judge_history([one(1)] * 3, one(1.15))[0]) is Outcome.FAILED
+    assert overall(judge_history([one(1)] * 4, one(1.09))[0]) is Outcome.FAILED
 
 
 def test_a_change_below_the_absolute_threshold_holds(results_of, cell_of):

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.bench.cells import Lengths, Round, cells_of, percentile, summarise
+from harness.bench.cells import Lengths, Round, cells_of, fastest, percentile, summarise
+from harness.bench.pairing import in_turn
 from harness.completion import Application
 from harness.errors import HarnessError, InputError
 from harness.resolve import random_stack
@@ -189,3 +190,40 @@ def test_nothing_of_the_device_is_ever_set():
     assert not [name for name in calls if re.match(r"nvml\w*(Set|Reset)", name)]
     assert "nvidia-smi" in text
     assert not re.search(r'"-(lgc|lmc|pl|pm|ac|r|rac|rgc)"', text)
+
+
+def test_each_metric_of_a_round_is_the_fastest_of_its_repeats():
+    made = [Round(ttft_s=1.0, gaps_s=(0.5, 0.5), e2e_s=2.1),
+            Round(ttft_s=1.2, gaps_s=(0.2, 0.4), e2e_s=1.9)]  # fmt: skip
+    assert fastest(made) == Round(ttft_s=1.0, gaps_s=(0.2, 0.4), e2e_s=1.9)
+
+
+class _Told:
+    """A side that writes down what it is asked, and answers as a worker with *groups* does."""
+
+    def __init__(self, name, groups, log):
+        self.name, self._groups, self._log = name, groups, log
+
+    def ready(self):
+        return self._groups, 2
+
+    def ask(self, line):
+        self._log.append((self.name, line))
+        return {}
+
+
+def test_a_pair_is_visited_one_after_the_other_and_who_goes_first_alternates(monkeypatch):
+    monkeypatch.setattr("harness.bench.pairing.results_in", lambda answer, path: None)
+    log = []
+    old = _Told("old", ["base none", "stacked live"], log)
+    new = _Told("new", ["base none", "stacked live", "stacked merged"], log)
+    in_turn([old, new], 2)
+    assert log[-2:] == [("old", "end"), ("new", "end")]
+    for name in ("base none", "stacked live"):
+        places = [place for place, (_, line) in enumerate(log) if line == name]
+        assert len(places) == 2 * 4  # two rounds of two visits
+        assert all(b - a == 1 for a, b in zip(places[::2], places[1::2], strict=True))
+        firsts = [log[place][0] for place in places[::2]]
+        assert sorted(firsts[:2]) == ["new", "old"]
+        assert firsts[:2] == firsts[2:]
+    assert log.count(("new", "stacked merged")) == 4

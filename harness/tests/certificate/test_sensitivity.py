@@ -34,6 +34,28 @@ def test_float32_outputs_show_a_single_sign_flip(subject):
     assert certificate.check("adapters in memory").outcome == "failed"
 
 
+@pytest.mark.parametrize("which", ["A", "B", "W"])
+def test_float32_shows_a_single_sign_flip_in_every_module_wherever_it_is(which, subject):
+    import torch
+
+    generator = torch.Generator().manual_seed(ord(which))
+    for name in module_names():
+        layer = subject.layer(name)
+        weights = {
+            "A": layer.lora_A["style"].weight, "B": layer.lora_B["style"].weight,
+            "W": layer.base_layer.weight,
+        }  # fmt: skip
+        flat = weights[which].data.view(-1)
+        place = int(torch.randint(0, len(flat), (), generator=generator))
+        flat[place] = -flat[place]
+    certificate = subject.certify(end_to_end=False)
+    found = certificate.check(WEIGHTS if which == "W" else "adapters in memory")
+    assert found.outcome == "failed"
+    shown = "\n".join(found.evidence)
+    assert f"{len(module_names())} " in found.evidence[0]
+    assert shown.count("1 of " if which == "W" else f"the sign of 1 entries of {which}") == 5
+
+
 def test_float32_outputs_show_an_adapter_rounded_through_bfloat16(subject):
     for name in module_names():
         for factor in (subject.layer(name).lora_A, subject.layer(name).lora_B):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.tests.certificate.subject import load_live
-from harness.tests.certificate.variants import ADDITIVE, REFUSED, REFUSED_LIVE
+from harness.tests.certificate.variants import ADDITIVE, FIELDS, REFUSED, REFUSED_LIVE
 
+TIED = ("embed_tokens, tied", "lm_head, tied", "ensure_weight_tying")
 DOCUMENT = Path(__file__).parents[3] / "docs" / "certificate.md"
 
 
@@ -59,7 +60,8 @@ def test_additive_variant_is_proven_and_a_wrong_one_is_caught(row, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", [r for r in ADDITIVE if "tied" not in r and "embed" not in r and "experts" not in r]
+    "row",
+    [r for r in ADDITIVE if r not in TIED and "embed" not in r and "experts" not in r],
 )
 def test_merge_of_an_additive_variant_is_certified(row, tmp_path):
     subject = load_live(write_variant(tmp_path, ADDITIVE[row]))
@@ -69,7 +71,7 @@ def test_merge_of_an_additive_variant_is_certified(row, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("row", ["embed_tokens, tied", "lm_head, tied"])
+@pytest.mark.parametrize("row", TIED)
 def test_peft_merge_into_tied_embeddings_is_caught(row, tmp_path):
     subject = load_live(write_variant(tmp_path, ADDITIVE[row]))
     subject.model = subject.model.merge_and_unload()
@@ -118,3 +120,40 @@ def test_table_in_the_document_has_a_row_for_each_test():
     assert {row.replace("`", "") for row, _ in rows} == {*ADDITIVE, *REFUSED, *REFUSED_LIVE}
     refused = {row.replace("`", "") for row, answer in rows if answer == "refused"}
     assert refused == {*REFUSED, *REFUSED_LIVE}
+
+
+def test_every_field_of_peft_s_config_is_answered_by_a_row():
+    import dataclasses
+
+    from peft import LoraConfig
+
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(LoraConfig)}
+    assert {row for rows in FIELDS.values() for row in rows} <= {*ADDITIVE, *REFUSED}
+
+
+def test_every_way_of_initialising_that_peft_names_is_answered_by_a_row():
+    from typing import get_args, get_type_hints
+
+    from peft import LoraConfig
+
+    names = {
+        name.partition("_[")[0]
+        for kind in get_args(get_type_hints(LoraConfig)["init_lora_weights"])
+        for name in get_args(kind)
+    }
+    assert "pissa_niter" in names
+    answered = {row.partition(": ")[2] for row in FIELDS["init_lora_weights"]}
+    assert names <= answered
+
+
+def test_every_other_kind_of_adapter_that_peft_has_is_refused_by_its_name(adapter_copy):
+    from peft import PeftType
+
+    from harness import InputError, resolve_stack
+
+    kinds = sorted({kind.value for kind in PeftType} - {"LORA"})
+    assert len(kinds) > 30
+    for kind in kinds:
+        folder = adapter_copy(kind, peft_type=kind)
+        with pytest.raises(InputError, match=f"'{kind}' is not LORA: it does not add"):
+            resolve_stack(adapters={"variant": folder})

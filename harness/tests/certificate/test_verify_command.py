@@ -55,3 +55,51 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def failing_in(monkeypatch):
+    """Certifying a mode raises what is given for it."""
+    import harness.certificate
+
+    real = harness.certificate.certify_stack
+
+    def plan(**errors):
+        def certify(model, stack, *, mode, **named):
+            if mode.name in errors:
+                raise errors[mode.name]
+            return real(model, stack, mode=mode, **named)
+
+        monkeypatch.setattr(harness.certificate, "certify_stack", certify)
+
+    return plan
+
+
+def test_a_mode_without_memory_is_named_and_the_others_are_certified(
+    stack_arguments, capsys, failing_in
+):
+    failing_in(style=MemoryError("8 GiB asked"))
+    code, out = run(["verify", *stack_arguments, "--json"], capsys)
+    assert code == 1
+    failed = [check for check in json.loads(out)["checks"] if check["verdict"] == "failed"]
+    assert [(c["name"], c["evidence"]) for c in failed] == [
+        ("style: run", ["out of memory: 8 GiB asked"])
+    ]
+    assert json.loads(out)["modes"]["stacked"]
+
+
+def test_after_a_broken_device_the_rest_is_said_not_to_have_run(
+    stack_arguments, capsys, failing_in
+):
+    failing_in(style=RuntimeError("CUDA error: device-side assert triggered"))
+    code, out = run(["verify", *stack_arguments, "--json"], capsys)
+    undecided = [c["name"] for c in json.loads(out)["checks"] if c["verdict"] == "undecided"]
+    assert (code, undecided) == (1, ["instruct: run", "stacked: run"])
+
+
+def test_interrupted_says_how_many_modes_were_certified(stack_arguments, capsys, failing_in):
+    failing_in(instruct=KeyboardInterrupt())
+    code, out = run(["verify", *stack_arguments], capsys)
+    assert code == 130
+    assert "interrupted: 2 of 4 modes were certified" in out
+    assert "verdict: undecided" in out

@@ -34,6 +34,10 @@ ADDITIVE: dict[str, dict[str, Any]] = {
     "init_lora_weights: mica": {"options": {"init_lora_weights": "mica"}},
     "init_lora_weights: eva": {"options": {"init_lora_weights": "eva"}},
     "lora_dropout": {"options": {"lora_dropout": 0.1}},
+    "ensure_weight_tying": {
+        "targets": ("q_proj", "embed_tokens"), "tied": True,
+        "options": {"ensure_weight_tying": True},
+    },
     "attention of a mixture of experts": {"family": "qwen3_moe", "targets": ("q_proj", "o_proj")},
 }  # fmt: skip
 
@@ -69,3 +73,56 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 #: Refused when the model is read, not the folder.
 REFUSED_LIVE = ("quantised base",)
+
+_INITIALISATIONS = (
+    "plain", *(row for row in (*ADDITIVE, *REFUSED) if row.startswith("init_lora_weights"))
+)  # fmt: skip
+_NOWHERE = ("plain",)  # fields that every adapter has, and that change no product
+#: Every field of PEFT 0.21's `LoraConfig`, and the rows that answer for it.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "alora_invocation_tokens": ("aLoRA",),
+    "alpha_pattern": ("alpha_pattern",),
+    "arrow_config": ("Arrow",),
+    "auto_mapping": _NOWHERE,
+    "base_model_name_or_path": _NOWHERE,
+    "bias": ("bias: all", "bias: lora_only"),
+    "corda_config": ("init_lora_weights: corda",),
+    "ensure_weight_tying": ("ensure_weight_tying",),
+    "eva_config": ("init_lora_weights: eva",),
+    "exclude_modules": ("exclude_modules",),
+    "fan_in_fan_out": ("Conv1D (fan_in_fan_out)",),
+    "inference_mode": _NOWHERE,
+    "init_lora_weights": _INITIALISATIONS,
+    "kasa_config": ("KaSA",),
+    "layer_replication": ("layer_replication",),
+    "layers_pattern": ("layers_to_transform",),
+    "layers_to_transform": ("layers_to_transform",),
+    "loftq_config": ("init_lora_weights: loftq",),
+    "lora_alpha": _NOWHERE,
+    "lora_bias": ("lora_bias",),
+    "lora_dropout": ("lora_dropout",),
+    "lora_ga_config": ("init_lora_weights: lora_ga",),
+    "megatron_config": ("Megatron",),
+    "megatron_core": ("Megatron",),
+    "modules_to_save": ("modules_to_save",),
+    "monteclora_config": ("MonteCLoRA",),
+    "peft_type": ("types other than LoRA",),
+    "peft_version": _NOWHERE,
+    "qalora_group_size": ("QALoRA",),
+    "r": ("different ranks and target modules",),
+    "rank_pattern": ("rank_pattern",),
+    "revision": _NOWHERE,
+    "runtime_config": _NOWHERE,  # is not saved
+    "target_modules": (
+        "different ranks and target modules", "all-linear",
+        "regular expression as target_modules", "lm_head", "embed_tokens",
+    ),
+    "target_parameters": ("target_parameters (experts)",),
+    "task_type": _NOWHERE,
+    "trainable_token_indices": ("trainable_token_indices",),
+    "use_bdlora": ("BD-LoRA",),
+    "use_dora": ("DoRA",),
+    "use_qalora": ("QALoRA",),
+    "use_rslora": ("rslora",),
+    "velora_config": ("VeLoRA",),
+}  # fmt: skip

@@ -187,5 +187,9 @@ def test_the_steps_summary_gets_the_comment_and_the_log_the_annotations(
     assert summary.read_text() == "before\n" + comment.read_text()
     captured = capsys.readouterr()
     assert captured.err.count("::error file=snapshots/") == 4
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    assert main(["review", "--root", str(root), "--markdown", str(comment)]) == 2
+    assert f"error: {tmp_path}: cannot be written: Is a directory → " in capsys.readouterr().err
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     assert main(["review", "--root", str(root), "--markdown"]) == 1
     assert capsys.readouterr().out == comment.read_text()

@@ -29,6 +29,10 @@ def _happen(what, mode, collected):
     elif what == "sticky":
         collected.failed(mode, "the device failed: CUDA error: device-side assert triggered")
         return False
+    elif what == "full":
+        raise MemoryError("8 GiB asked")
+    elif what == "bug":
+        raise ValueError("a\nbug")
     elif what == "quit":
         return False
     return True

@@ -106,6 +106,21 @@ def test_a_stack_that_cannot_be_loaded_is_tried_once(run, what, said):
     assert collected.of(request) == {}
 
 
+def test_a_stack_that_does_not_fit_is_said_to_be_too_large(run):
+    with pytest.raises(InputError, match="loading: out of memory: 8 GiB asked → lower"):
+        run("load=0:full")
+
+
+def test_a_bug_in_a_child_is_a_line_and_the_other_modes_run(run, capfd):
+    request, collected, _ = run("style=1:bug")
+    assert "ended with exit code 3" in collected.faults["style"].evidence[0]
+    assert list(collected.faults) == ["style"]
+    assert collected.of(request)["stacked"]
+    said = capfd.readouterr().err
+    assert "error: ValueError: a\nerror: bug\n" in said
+    assert "Traceback" not in said
+
+
 def test_a_child_that_ends_without_a_word_is_not_started_for_ever(run):
     with pytest.raises(HarnessError, match="without a word"):
         run("base=0:quit")

@@ -38,6 +38,48 @@ def test_interrupted_says_how_many_of_how_many_ran(project, name):
     assert "Traceback" not in result.stderr.str()
 
 
+def test_interrupted_under_xdist_counts_what_the_workers_collected(project):
+    pytest.importorskip("xdist")
+    # The session that gathers the workers' reports is interrupted when it has had 37 of them.
+    project.makeconftest(
+        """
+        import pytest
+
+        done = []
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_runtest_logreport(report):
+            import os
+            if report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
+                done.append(report.nodeid)
+                if len(done) == 37:
+                    raise KeyboardInterrupt
+        """
+    )
+    project.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(120))
+        def test_one(number):
+            pass
+
+        def test_deselected():
+            pass
+        """
+    )
+    result = project.runpytest_subprocess(*ASKED, "-n2", "-k", "test_one")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*interrupted: 37 of 120 tests ran*"])
+
+
+def test_interrupted_while_collecting_says_that_no_test_was_known_yet(project):
+    project.makepyfile("raise KeyboardInterrupt")
+    result = project.runpytest_subprocess(*ASKED)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["interrupted before the tests were collected"])
+
+
 def test_a_crashed_worker_is_a_failure_with_a_name(project):
     pytest.importorskip("xdist")
     project.makepyfile(

@@ -1,0 +1,194 @@
+"""Rounds over many cells of one loaded stack: in turn, so that what drifts falls on all alike.
+
+A visit is a round of the cells that share a mode and an application, which is entered once for
+them. `interleaved` visits all cells, round by round; two processes that measure in turn
+(`harness.bench.pairing`) ask for each visit. Knows nothing of judging, files or reports.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness.bench.cells import Cell, CellResult, Round, fastest
+from harness.bench.device import peak_bytes, reset_peak
+from harness.bench.measuring import CellMeasurer, Measurer
+from harness.engines.timed import Decoding
+from harness.errors import InputError
+
+__all__ = [
+    "Visit",
+    "collected",
+    "groups_of",
+    "interleaved",
+    "measurable",
+    "visit_group",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """One round of one cell, and what was seen around it; *gaps_s* of all its generations."""
+
+    round: Round
+    gaps_s: tuple[float, ...]
+    switch_s: float
+    peak_bytes: int
+    state: Mapping[str, Any] | None
+
+
+def groups_of(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """The cells by what is entered for them, a mode in one application, in words."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(f"{cell.mode.name} {cell.application_name}", []).append(cell)
+    return groups
+
+
+def visit_group(
+    measurer: Measurer, cells: Sequence[Cell], *, repeats: int = 1, warming: bool = False
+) -> dict[str, Visit]:
+    """One round of every cell of one group (`groups_of`); nothing counts while *warming*.
+
+    A short generation after entering takes up what the change left cold, and does not count. Of
+    *repeats* generations the fastest is the round, by each metric: neighbours on a shared machine
+    only ever make slower.
+    """
+    visits: dict[str, Visit] = {}
+    with measurer.applied(cells[0].mode, cells[0].application) as (model, seconds):
+        for cell in cells:
+            one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+            if warming:
+                one.warm_up(whole=True)
+                continue
+            reset_peak(measurer.device)
+            one.warm_up(whole=False)
+            made = [one() for _ in range(repeats)]
+            visits[cell.key] = Visit(
+                round=fastest(made),
+                gaps_s=tuple(gap for round in made for gap in round.gaps_s),
+                switch_s=seconds,
+                peak_bytes=peak_bytes(measurer.device),
+                state=measurer.reader.read(),
+            )
+    return visits
+
+
+def visit_all(
+    measurer: Measurer,
+    cells: Sequence[Cell],
+    *,
+    seed: int,
+    repeats: int = 1,
+    warming: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Visit]:
+    """One round of every cell, in an order drawn from *seed*, group by group (`visit_group`)."""
+    groups = list(groups_of(cells).values())
+    random.Random(seed).shuffle(groups)
+    visits: dict[str, Visit] = {}
+    for place, group in enumerate(groups):
+        visits |= visit_group(measurer, group, repeats=repeats, warming=warming)
+        if progress is not None:
+            progress((place + 1) / len(groups))
+    return visits
+
+
+def interleaved(
+    measurer: Measurer,
+    cells: Sequence[Cell],
+    rounds: int,
+    *,
+    repeats: int = 1,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[list[CellResult], dict[str, str]]:
+    """*rounds* rounds over all *cells*, in another order each round, after one that warms up.
+
+    Compiled cells are measured one after the other instead: entering a mode anew would compile
+    anew.
+
+    Returns:
+        The results in the order of *cells*, and for those that cannot be measured here the reason
+        by key.
+    """
+    possible, skipped = measurable(measurer, cells)
+    compiled = [cell for cell in possible if cell.decoding == Decoding.COMPILED]
+    visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
+    in_turn = [cell for cell in possible if cell not in compiled]
+    for number in range(rounds + 1):
+
+        def report(part: float, number: int = number) -> None:
+            if progress is not None:
+                progress((number + part) / (rounds + 1))
+
+        found = visit_all(
+            measurer, in_turn, seed=seed + number, repeats=repeats, warming=number == 0,
+            progress=report,
+        )  # fmt: skip
+        for key, visit in found.items():
+            visits[key].append(visit)
+    for cell in compiled:
+        visits[cell.key] = _compiled(measurer, cell, rounds)
+    return [collected(measurer, cell, visits[cell.key]) for cell in possible], skipped
+
+
+def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
+    """The cells that can be measured here, and the reasons of the others by key.
+
+    Raises:
+        InputError: there is none.
+    """
+    possible: list[Cell] = []
+    skipped: dict[str, str] = {}
+    for cell in cells:
+        try:
+            measurer.check(cell)
+        except InputError as error:
+            skipped[cell.key] = str(error)
+        else:
+            possible.append(cell)
+    if not possible:
+        raise InputError(
+            f"no cell can be measured here: {next(iter(skipped.values()), 'none was asked for')}",
+            where=measurer.engine.stack.name,
+        )
+    return possible, skipped
+
+
+def collected(
+    measurer: Measurer, cell: Cell, visits: Sequence[Visit], *, a_round: int = 1
+) -> CellResult:
+    """The result of *cell* from its visits, of which *a_round* make a round: the fastest counts."""
+    made = [visit.round for visit in visits]
+    return measurer.result(
+        cell,
+        [fastest(made[place : place + a_round]) for place in range(0, len(made), a_round)],
+        gaps_s=[gap for visit in visits for gap in visit.gaps_s],
+        switch_s=tuple(dict.fromkeys(visit.switch_s for visit in visits)),
+        peak_bytes=max((visit.peak_bytes for visit in visits), default=None),
+        device_states=tuple(dict(visit.state) for visit in visits if visit.state is not None),
+    )
+
+
+def _compiled(measurer: Measurer, cell: Cell, rounds: int) -> list[Visit]:
+    torch.compiler.reset()
+    reset_peak(measurer.device)
+    with measurer.applied(cell.mode, cell.application) as (model, seconds):
+        one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+        for _ in range(3):  # compile, capture the graph, replay it
+            one.warm_up(whole=True)
+        visits = []
+        for _ in range(rounds):
+            round = one()
+            visits.append(
+                Visit(
+                    round=round, gaps_s=round.gaps_s, switch_s=seconds,
+                    peak_bytes=peak_bytes(measurer.device), state=measurer.reader.read(),
+                )
+            )  # fmt: skip
+    return visits
