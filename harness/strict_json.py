@@ -152,22 +152,22 @@ def _place(text: str, position: int) -> str:
 
 def _place_of(text: str, literal: str) -> str:
     """Where a bare *literal* stands; the first of its kind is the one that was refused."""
-    for token in _TOKEN.finditer(text):
-        if token[0] == literal:
-            return _place(text, token.start())
-    return "somewhere"
+    tokens = _TOKEN.finditer(text)
+    return _place(text, next(t.start() for t in tokens if t[0].startswith(literal)))
 
 
 def _first_duplicate(text: str) -> tuple[str, str]:
-    """The first key that an object of *text* (valid JSON) has twice, and the place of its second.
+    """The first key that an object of *text* has twice, and the place of its second; *text* is
+    JSON up to there.
 
     `json` tells its hook the pairs but not where they stand, so the text is read once more.
     """
-    for key, seen, position in _keys(text):
-        if key in seen:
-            return key, _place(text, position)
+    keys = _keys(text)
+    key, seen, position = next(keys)
+    while key not in seen:
         seen.add(key)
-    return "?", "somewhere"
+        key, seen, position = next(keys)
+    return key, _place(text, position)
 
 
 def _keys(text: str) -> Iterator[tuple[str, set[str], int]]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from harness.cli import main
-from harness.tests.hostile.folders import A0, CONFIG, Folders
+from harness.tests.hostile.folders import A0, B0, CONFIG, INDEX, Folders
 
 
 @pytest.fixture
@@ -85,6 +85,38 @@ def test_all_faults_of_a_stack_are_told_at_once(folders, capsys):
                   "lora_alpha: -1", "num_hidden_layers: claims 7", "claims [3, 32]"):  # fmt: skip
         assert sum(words in line for line in lines) >= 1, words
     assert all(line.startswith("error: ") and "→" in line for line in lines)
+
+
+def test_what_is_in_the_tensors_is_told_beside_what_is_in_the_headers(folders, capsys):
+    """Whoever mends the headers must not find the next fault only then."""
+    folders.config(r=7)
+    folders.poke(B0, float("nan"))
+    folders.json("base/config.json", num_hidden_layers=7)
+    folders.poke("model.norm.weight", float("inf"), path=folders.model)
+    (folders.base / "tokenizer.json").unlink()
+    (folders.base / "chat_template.jinja").write_text("{% if %}")
+    words = (f"tensor '{B0}': holds NaN", "the config says 7", "num_hidden_layers: claims 7",
+             "'model.norm.weight': holds Inf", "no tokenizer", "line 1: ")  # fmt: skip
+    for arguments in (folders.arguments, [str(folders.style), str(folders.base)]):
+        assert main(["check-files", *arguments]) == 2
+        lines = capsys.readouterr().err.strip().split("\n")
+        for word in words:
+            assert sum(word in line for line in lines) >= 1, (word, arguments)
+        assert len(lines) == len(set(lines)), "each fault once"
+
+
+def test_sound_shards_are_read_though_the_index_lies(folders, capsys):
+    folders.index(lambda places: places.update(ghost=next(iter(places.values()))))
+    folders.poke("model.norm.weight", float("nan"), path=_shard_of(folders, "model.norm.weight"))
+    assert main(["check-files", *folders.arguments]) == 2
+    told = capsys.readouterr().err
+    assert "'ghost'" in told
+    assert "'model.norm.weight': holds NaN" in told
+
+
+def _shard_of(folders, name):
+    places = json.loads((folders.base / INDEX).read_text())["weight_map"]
+    return folders.base / places[name]
 
 
 def test_json_says_the_same(folders, capsys):
