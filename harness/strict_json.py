@@ -11,7 +11,6 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -162,19 +161,11 @@ def _first_duplicate(text: str) -> tuple[str, str]:
 
     `json` tells its hook the pairs but not where they stand, so the text is read once more.
     """
-    keys = _keys(text)
-    key, seen, position = next(keys)
-    while key not in seen:
-        seen.add(key)
-        key, seen, position = next(keys)
-    return key, _place(text, position)
-
-
-def _keys(text: str) -> Iterator[tuple[str, set[str], int]]:
-    """Every key, the keys that its object has had before it, and where it stands."""
-    objects: list[set[str] | None] = []
+    tokens = _TOKEN.finditer(text)
+    objects: list[set[str] | None] = []  # the keys that each open object has had; None for a list
     before = ""
-    for token in _TOKEN.finditer(text):
+    while True:
+        token = next(tokens)
         word = token[0]
         if word == "{":
             objects.append(set())
@@ -183,7 +174,10 @@ def _keys(text: str) -> Iterator[tuple[str, set[str], int]]:
         elif word in "}]":
             objects.pop()
         elif word[0] == '"' and before in ("{", ",") and (seen := objects[-1]) is not None:
-            yield json.loads(word), seen, token.start()
+            key = json.loads(word)
+            if key in seen:
+                return key, _place(text, token.start())
+            seen.add(key)
         before = word
 
 

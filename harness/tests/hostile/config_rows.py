@@ -84,6 +84,7 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("fan_in_fan_out a string", CONFIG, "fan_in_fan_out", _set(fan_in_fan_out="no")),
     ("dropout a string", CONFIG, "lora_dropout", _set(lora_dropout="0.1")),
     ("dropout 2", CONFIG, "lora_dropout", _set(lora_dropout=2)),
+    ("start a number", CONFIG, "init_lora_weights", _set(init_lora_weights=3)),
     ("bias unknown", CONFIG, "bias", _set(bias="some")),
     ("bias all", CONFIG, "bias", _set(bias="all")),
     ("targets missing", CONFIG, "target_modules", _set(target_modules=...)),

@@ -149,6 +149,9 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("a factor of booleans", WEIGHTS, A0, lambda f: f.retype(A0, "BOOL", 1)),
     ("embedding factors of a linear layer", WEIGHTS, Q0,
      _rename(lambda n: n.replace(f"{Q0}.lora_A.weight", f"{Q0}.lora_embedding_A"))),
+    ("factors of a linear layer and of an embedding", WEIGHTS, Q0,
+     _tensors(lambda t: t.update({
+         f"{_PREFIX}{Q0}.lora_embedding_A": t[A0], f"{_PREFIX}{Q0}.lora_embedding_B": t[B0]}))),
     ("targets narrowed", WEIGHTS, "model.layers.0.mlp",
      lambda f: f.config(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])),
     ("targets widened", WEIGHTS, "model.embed_tokens",
