@@ -1,20 +1,27 @@
 """A snapshot's two files are written and read as one, whoever else writes, whenever killed."""
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import snapshot_files
 from harness.errors import InputError
 from harness.snapshot_files import (
     Pair,
     evidence_of,
     read_pair,
+    replace_pair,
     sidecar_bytes,
     sidecar_of,
     write_pair,
@@ -104,6 +111,114 @@ def test_missing_sidecar_and_a_folder_in_the_way_are_said(tmp_path):
         read_pair(path)
     with pytest.raises(InputError, match="cannot be written: Is a directory"):
         write_pair(path, TEXT, b"")
+
+
+def _no_locks(monkeypatch):
+    """A file system without locks, as some network ones are."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    given = {name: getattr(fcntl, name) for name in ("LOCK_EX", "LOCK_SH", "LOCK_NB")}
+    monkeypatch.setattr(snapshot_files, "fcntl", SimpleNamespace(flock=refuse, **given))
+
+
+def test_without_locks_a_mixture_is_read_again_until_its_writer_is_through(tmp_path, monkeypatch):
+    _no_locks(monkeypatch)
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"old")
+    path.write_bytes(b"new")  # a writer between its two files
+    waited = []
+
+    def finish(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            sidecar_of(path).write_bytes(sidecar_bytes(b"new", b"evidence"))
+
+    monkeypatch.setattr(snapshot_files.time, "sleep", finish)
+    assert evidence_of(read_pair(path), where=path) == b"evidence"
+    assert len(waited) == 3
+
+
+def test_without_locks_a_mixture_that_stays_is_said(tmp_path, monkeypatch):
+    _no_locks(monkeypatch)
+    monkeypatch.setattr(snapshot_files.time, "sleep", lambda _: None)
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"old")
+    for text, complaint in ((b"new", "line 1: was edited"), (None, None)):
+        path.write_bytes(text) if text else path.unlink()
+        pair = read_pair(path)
+        assert pair.text == text
+        if text:
+            with pytest.raises(InputError, match=complaint):
+                evidence_of(pair, where=path)
+
+
+def test_a_lock_that_somebody_keeps_is_waited_for_and_then_left(tmp_path, monkeypatch):
+    path = tmp_path / "case.toml"
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(snapshot_files.time, "sleep", pause)
+    write_pair(path, TEXT, b"one")
+    assert len(pauses) == 4
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr(snapshot_files, "_PATIENCE", -1.0)
+    write_pair(path, TEXT, b"two")
+    os.close(held)
+    assert evidence_of(read_pair(path), where=path) == b"two"
+
+
+def test_a_pair_is_replaced_only_where_the_expected_one_lies(tmp_path):
+    path = tmp_path / "deep" / "case.toml"
+    nothing, sidecar = ("", ""), sidecar_bytes(TEXT, b"evidence")
+    assert replace_pair(path, TEXT, sidecar, expected=nothing)
+    assert evidence_of(read_pair(path), where=path) == b"evidence"
+    assert not replace_pair(path, b"new", sidecar_bytes(b"new", b""), expected=nothing)
+    assert read_pair(path).text == TEXT
+    there = tuple(hashlib.sha256(data).hexdigest() for data in (TEXT, sidecar))
+    assert replace_pair(path, b"new", sidecar_bytes(b"new", b""), expected=there)
+    assert read_pair(path).text == b"new"
+    for damaged in (b"", sidecar, sidecar_bytes(b"new", b"")[:-1]):
+        with pytest.raises(InputError, match=r"case\.evidence: is damaged, or another text's"):
+            replace_pair(path, b"new", damaged, expected=there)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        replace_pair(path, b"new", sidecar_bytes(b"new", b""), expected=there)
+    with pytest.raises(InputError, match="cannot be made: Not a directory"):
+        write_pair(sidecar_of(path) / "x" / "case.toml", TEXT, b"")
+
+
+def test_lengths_that_lie_under_a_sound_checksum_are_damage():
+    sound = sidecar_bytes(TEXT, b"evidence")
+    for change in (
+        lambda body: body.replace((8).to_bytes(3, "little"), (9).to_bytes(3, "little"), 1),
+        lambda body: body[:4] + b"\2" + body[5:],
+        lambda body: body[:4],
+        lambda body: body[:4] + b"\0",
+    ):
+        body = change(sound[:-8])
+        assert body != sound[:-8]
+        lying = body + hashlib.sha256(body).digest()[:8]
+        with pytest.raises(InputError, match="is damaged"):
+            evidence_of(Pair(text=TEXT, sidecar=lying), where="x.toml")
+
+
+def test_an_edit_that_its_mark_does_not_show_is_noticed_all_the_same():
+    """A line's mark has one byte; the digest of the whole text decides."""
+    mark = zlib.crc32(b"text = 'one'") & 0xFF
+    twin = next(line for n in range(10**5)
+                if zlib.crc32(line := b"text = '%d'" % n) & 0xFF == mark)  # fmt: skip
+    pair = Pair(text=TEXT.replace(b"text = 'one'", twin), sidecar=sidecar_bytes(TEXT, b""))
+    with pytest.raises(InputError, match=r"x\.toml: was edited since it was accepted"):
+        evidence_of(pair, where="x.toml")
 
 
 # Every text names its evidence, so that a reader can tell a mixture. One process imports and forks.
