@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.checkpoint_files import CheckpointFiles
 from harness.config_fields import FieldReader
-from harness.errors import InputError, quoted
+from harness.errors import InputError, enough, quoted
 from harness.tensor_files import same_bytes
 
 __all__ = ["PLAIN_FAMILIES", "check_claims"]
@@ -73,7 +73,9 @@ def _check_dtypes(checkpoint: CheckpointFiles, faults: list[InputError]) -> None
         )
         for shard in checkpoint.shards
         for entry in shard.entries.values()
-        if entry.name.endswith("weight") and entry.dtype not in _WEIGHT_DTYPES
+        if entry.name.endswith("weight")
+        and entry.dtype not in _WEIGHT_DTYPES
+        and not enough(faults)
     )
 
 
@@ -108,7 +110,7 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
         of_layer |= {f"self_attn.{name}_norm.weight": [width] for name in "qk"}
     layers = sizes["num_hidden_layers"]
     present = {int(m[1]) for name in checkpoint.places if (m := _LAYER.fullmatch(name))}
-    if present != set(range(layers)):
+    if len(present) != layers or max(present, default=-1) != layers - 1:
         read.fault(
             "num_hidden_layers",
             f"claims {layers} layers, the tensors hold {len(present)}"
@@ -119,7 +121,8 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
         for layer in range(layers):
             expected |= {f"model.layers.{layer}.{name}": s for name, s in of_layer.items()}
     for name, shape in expected.items():
-        _check_shape(checkpoint, name, shape, faults)
+        if not enough(faults):
+            _check_shape(checkpoint, name, shape, faults)
     _check_tie(checkpoint, faults)
 
 

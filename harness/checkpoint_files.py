@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputError, combined, gathering, quoted
+from harness.errors import InputError, combined, enough, gathering, quoted
 from harness.file_kinds import is_folder, is_there
 from harness.strict_json import MAX_JSON_BYTES, read_json_object
 from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
@@ -206,7 +206,7 @@ def _check_strays(
 ) -> None:
     """Weights that transformers would, or would not, read instead of those that were read."""
     for name in _names(folder):
-        if name in named:
+        if name in named or enough(found):
             continue
         if name == SINGLE_NAME and indexed:
             fault = f"lies beside {INDEX_NAME}, which does not name it: two checkpoints in a folder"
@@ -233,6 +233,8 @@ def _indexed(
     shards: dict[str, TensorFile] = {}
     broken: set[object] = set()
     for name in dict.fromkeys(value for value in weight_map.values() if isinstance(value, str)):
+        if enough(found):
+            break
         with gathering(found):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(
@@ -245,6 +247,8 @@ def _indexed(
             )
     places: dict[str, TensorFile] = {}
     for tensor, name in weight_map.items():
+        if enough(found):
+            break
         if not isinstance(name, str):
             if not broken:
                 found.append(
@@ -265,7 +269,7 @@ def _indexed(
             places[tensor] = shards[name]
     for shard in shards.values():
         for tensor in shard.entries:
-            if weight_map.get(tensor) == shard.path.name:
+            if weight_map.get(tensor) == shard.path.name or enough(found):
                 continue
             if tensor not in weight_map:
                 fault = (

@@ -47,10 +47,10 @@ def test_every_plain_lora_configuration_has_pefts_deltas(options, tiny, tmp_path
 
 
 def test_natural_order_puts_layer_2_before_layer_10():
-    assert sorted(["layers.10.x", "layers.2.x"], key=natural_order) == [
-        "layers.2.x",
-        "layers.10.x",
-    ]
+    names = ["layers.10.x", "layers.2.x", "layers.02.x", "a", "10", "9", f"x.{'9' * 5000}", "0²0"]
+    assert sorted(names, key=natural_order) == [
+        "0²0", "9", "10", "a", "layers.2.x", "layers.02.x", "layers.10.x", f"x.{'9' * 5000}",
+    ]  # fmt: skip
 
 
 def test_digest_follows_the_contents(adapter_copy, tiny):

@@ -180,3 +180,73 @@ def test_large_base_is_read_once(folders, monkeypatch, tmp_path):
     faults = []
     preflight.check_base_values(read_checkpoint(folders.base), faults)
     assert len(faults) == 1, "a file that was written again is read again"
+
+
+def test_files_that_shrink_while_they_are_read_are_said(folders):
+    from harness import preflight
+    from harness.adapter_files import read_adapter
+    from harness.checkpoint_files import read_checkpoint
+
+    files, checkpoint, faults = read_adapter(folders.style), read_checkpoint(folders.base), []
+    for path in (folders.weights, folders.model):
+        path.write_bytes(path.read_bytes()[:-64])
+    assert preflight.check_adapter_values(files, faults) == []
+    preflight.check_base_values(checkpoint, faults)
+    assert [fault.where for fault in faults] == [str(folders.weights), str(folders.model)]
+    assert all("became shorter while it was read" in str(fault) for fault in faults)
+
+
+def test_a_base_of_another_folders_name_does_not_stop_one_that_is_given(folders):
+    """The config may name any base: what it names is looked at, and need not be there."""
+    folders.config(base_model_name_or_path=f"../{'a' * 300}")
+    assert main(["check-files", *folders.arguments]) == 0
+
+
+def test_modules_that_transformers_maps_while_loading_are_left_to_the_engine(folders):
+    """In a family whose tensors are called otherwise than its modules, a name decides nothing."""
+    folders.json("base/config.json", model_type="someone_elses")
+    folders.tensors(lambda stored: stored.update(
+        {name.replace("layers.1.", "blocks.1."): stored.pop(name) for name in list(stored)}
+    ))  # fmt: skip
+    assert main(["check-files", *folders.arguments]) == 0
+
+
+def test_a_child_that_stands_still_is_not_waited_for(folders, monkeypatch, capsys):
+    import subprocess
+
+    def stands_still(*_, **__):
+        raise subprocess.TimeoutExpired("python", 120, output=b"0\n1\n")
+
+    from harness.patterns import SLOW, pattern_fault
+
+    monkeypatch.setattr(subprocess, "run", stands_still)
+    assert pattern_fault(["(a)*", "(b)*", "(c)*"], ["x"]) == ("(b)*", SLOW)
+    assert main(["check-files", str(folders.base)]) == 2
+    assert "chat_template.jinja: chat_template: takes more than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            [{"name": "tool", "template": "x"}, {"name": "default", "template": "{% if %}"}],
+            "line 1",
+        ),
+        ([{"name": "tool", "template": "{% if %}"}], "line 1"),
+        ([], None),
+        (3, "chat_template: is no text"),
+        ("{{ 'sound' }}", None),
+    ],
+)
+def test_the_template_in_the_tokenizers_settings_is_tried(folders, capsys, template, words):
+    (folders.base / "chat_template.jinja").unlink()
+    folders.json("base/tokenizer_config.json", chat_template=template)
+    assert main(["check-files", str(folders.base)]) == (2 if words else 0)
+    assert words is None or words in capsys.readouterr().err
+
+
+def test_a_number_without_a_decimal_form_is_told_by_its_size():
+    from harness.errors import quoted
+
+    assert quoted(10**5000) == "a number of 16610 bits"
+    assert quoted([10**5000]) == "?"
