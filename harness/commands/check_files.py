@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from harness.errors import InputError
     from harness.verdict import Verdict
 
+_MOST_LINES = 100  # on a terminal
+
 SUMMARY = "check every file of a stack, or single folders, before anything loads them"
 
 
@@ -135,5 +137,9 @@ def _print(verdicts: list[Verdict]) -> None:
             for line in verdict.evidence:
                 console().print(shown(f"{verdict.name}: {line}"), soft_wrap=True)
             continue
-        for line in verdict.evidence:
+        for line in verdict.evidence[:_MOST_LINES]:
             print(f"error: {shown(line)}", file=sys.stderr)
+        if len(verdict.evidence) > _MOST_LINES:
+            more = len(verdict.evidence) - _MOST_LINES
+            print(f"error: {shown(verdict.name)}: and {more} more faults → --json tells all",
+                  file=sys.stderr)  # fmt: skip

@@ -250,3 +250,14 @@ def test_a_number_without_a_decimal_form_is_told_by_its_size():
 
     assert quoted(10**5000) == "a number of 16610 bits"
     assert quoted([10**5000]) == "?"
+
+
+def test_a_terminal_is_told_a_hundred_faults_and_how_many_more(folders, capsys):
+    folders.config(**{f"unknown{n}": 1 for n in range(1500)})
+    assert main(["check-files", str(folders.style)]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 101
+    assert lines[-1].endswith("and 900 more faults → --json tells all")
+    assert main(["check-files", "--json", str(folders.style)]) == 2
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert len(check["evidence"]) == 1000, "of one kind in one file, no more are looked for"
