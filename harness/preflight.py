@@ -46,13 +46,11 @@ def check_stack_files(
     stack: AdapterStack,
     *,
     trust_remote_code: bool = False,
-    generating: bool = True,
     progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """Check what the headers do not show; returns what a reader should know and is no fault.
 
     Args:
-        generating: prompts will be rendered and tokenized: tokenizer and template count.
         progress: told what is being read.
 
     Raises:
@@ -74,9 +72,8 @@ def check_stack_files(
         checkpoint = read_checkpoint(stack.base.path, faults=faults)
         rows = embedding_rows(checkpoint)
         check_base_values(checkpoint, faults)
-    if generating:
-        check_tokenizer(stack.base.path, rows, faults, trust_remote_code=trust_remote_code)
-        _check_templates(stack, faults)
+    check_tokenizer(stack.base.path, rows, faults, trust_remote_code=trust_remote_code)
+    _check_templates(stack, faults)
     if stack.lock is not None:
         tell("comparing with the lock")
         with gathering(faults):

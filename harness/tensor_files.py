@@ -274,13 +274,12 @@ def _check_ranges(
     position = data_start
     whole = []
     for entry in entries:
-        if enough(found):
+        if enough(found) or enough(beyond or ()):
             break
         name = f"tensor {quoted(entry.name)}"
         if entry.end > size:
             text = f"{name}: ends at byte {entry.end}, the file has {size}"
-            if beyond is None or not enough(beyond):
-                (found if beyond is None else beyond).append(fault(text))
+            (found if beyond is None else beyond).append(fault(text))
         else:
             whole.append(entry)
         if entry.start < position:

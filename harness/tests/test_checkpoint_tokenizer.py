@@ -90,7 +90,8 @@ def test_a_vocabulary_of_scores_is_counted(base):
     stored["model"] = {"vocab": [["<unk>", 0.0], ["a", -1.0], []]}
     stored["added_tokens"] = "none"
     (base / "tokenizer.json").write_text(json.dumps(stored))
-    (base / "tokenizer_config.json").write_text("{}")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (base / name).write_text("{}")
     assert faults_of(base, 3) == faults_of(base, 300) == []
     (fault,) = faults_of(base, 2)
     assert "tokenizer.json: model: gives the id 2, the embedding has 2 rows" in fault

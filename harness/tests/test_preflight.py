@@ -26,6 +26,8 @@ def commands(f):
     return {
         "run": ["run", *f.arguments],
         "verify": ["verify", *f.arguments],
+        "stopping": ["stopping", *f.arguments],
+        "bench": ["bench", *f.arguments],
         "check-files": ["check-files", *f.arguments],
         "lock": ["lock", *f.arguments],
         "merge": ["merge", "--base", str(f.base), "--adapters", style, instruct, "--output", "o"],
@@ -35,7 +37,11 @@ def commands(f):
     }
 
 
-COMMANDS = ("run", "verify", "check-files", "lock", "merge", "flatten", "analyze", "compare")
+COMMANDS = (
+    "run", "verify", "stopping", "bench", "check-files", "lock", "merge", "flatten", "analyze",
+    "compare",
+)  # fmt: skip
+LOADING = ("run", "verify", "stopping", "bench", "check-files", "merge", "flatten")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -45,7 +51,7 @@ def test_every_command_refuses_a_broken_header(folders, capsys, command):
     assert f"style/adapter_model.safetensors: tensor '{A0}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "check-files", "merge", "flatten"])
+@pytest.mark.parametrize("command", LOADING)
 def test_what_uses_an_adapter_refuses_nan_in_it(folders, capsys, command):
     folders.poke(A0, float("nan"))
     assert main(commands(folders)[command]) == 2
@@ -261,3 +267,31 @@ def test_a_terminal_is_told_a_hundred_faults_and_how_many_more(folders, capsys):
     assert main(["check-files", "--json", str(folders.style)]) == 2
     (check,) = json.loads(capsys.readouterr().out)["checks"]
     assert len(check["evidence"]) == 1000, "of one kind in one file, no more are looked for"
+
+
+def _empty(names):
+    return {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}
+
+
+@pytest.mark.parametrize("end", ["lora_A.weight", "base_layer.weight", "weight"])
+def test_a_thousand_tensors_that_do_not_belong_are_enough(folders, capsys, end):
+    folders.header(lambda h: h | _empty(f"base_model.model.x{n}.{end}" for n in range(1500)))
+    assert main(["check-files", "--json", *folders.arguments]) == 2
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert 1000 <= len(check["evidence"]) <= 1100
+
+
+def test_what_a_base_may_say_about_itself_is_sound(folders, capsys):
+    """A quantisation with its method, and a tied head that is stored all the same."""
+
+    def tie(stored):
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+
+    folders.tensors(tie, folders.model)
+    folders.json("base/config.json", tie_word_embeddings=True)
+    assert main(["check-files", str(folders.base)]) == 0
+    folders.json("base/config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    assert main(["check-files", str(folders.base)]) == 0
+    folders.json("base/config.json", custom_generate="evil/decoding")
+    assert main(["check-files", str(folders.base)]) == 2
+    assert "custom_generate: makes loaders run code" in capsys.readouterr().err

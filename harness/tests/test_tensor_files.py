@@ -165,3 +165,20 @@ def test_path_that_no_file_can_have_is_said(tmp_path):
     ):
         with pytest.raises(InputError, match=complaint):
             read_tensor_file(path, what="weights")
+
+
+@pytest.mark.parametrize("kind", ["overlap", "beyond", "nonsense"])
+def test_a_thousand_faults_are_enough(tmp_path, kind):
+    """A hostile header can hold a million: each costs memory, and nobody reads them."""
+    offsets = {"overlap": lambda n: (0, 4), "beyond": lambda n: (4 * n, 4 * n + 4)}
+    header = {
+        f"a{n}": 1 if kind == "nonsense" else entry(offsets=offsets[kind](n)) for n in range(1500)
+    }
+    path = written(tmp_path / "x.safetensors", header, bytes(4))
+    with pytest.raises(InputError) as caught:
+        read_tensor_file(path, what="weights")
+    assert 1000 <= len(caught.value.faults) <= 1001
+    if kind == "beyond":
+        aside = []
+        whole = read_tensor_file(path, what="weights", faults=aside)
+        assert (list(whole.entries), len(aside)) == (["a0"], 1000)
