@@ -31,6 +31,8 @@ SUMMARY = "say whether each mode stops, how sure that is, why not, and who is to
 #: Columns that a terminal has no room for.
 _LEFT_OUT = ("stop reasons", "median", "by up to", "cut off early", "EOS margin", "mean tokens")
 
+_WIDEST = 24  # characters that a column keeps to itself, however narrow the terminal
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stack_arguments(parser)
@@ -200,12 +202,19 @@ def _print(report: StoppingReport, folder: Path | None) -> None:
             continue
         kept = [n for n, name in enumerate(table["head"]) if name not in _LEFT_OUT]
         title = Text(table["title"], style="bold")
-        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-        for place in kept:
-            grid.add_column(shown(table["head"][place]), overflow="fold")
-        for row in table["rows"]:
-            grid.add_row(*(Text(cell(row[place], 3)) for place in kept))
-        if table["rows"]:
+        grid = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title,
+            title_justify="left",
+        )  # fmt: skip
+        cells = [[cell(row[place], 3) for place in kept] for row in table["rows"]]
+        for number, place in enumerate(kept):
+            head = shown(table["head"][place])
+            words = [*head.split(), *(row[number] for row in cells)]
+            width = min(_WIDEST, max(map(len, words), default=0))
+            grid.add_column(head, overflow="fold", min_width=width)
+        for row in cells:
+            grid.add_row(*map(Text, row))
+        if cells:
             out.print(grid)
     for check in report.checks:
         style = outcome_style(check.outcome)

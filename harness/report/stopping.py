@@ -132,11 +132,12 @@ def _modes_table(report: StoppingReport) -> dict[str, Any]:
     return {
         "title": "Modes",
         "text": "Wilson's 95 % interval. Tokens until stop count the EOS. Overran: completions "
-        "that went on behind a natural end, and by how many tokens at most. EOS at the natural "
-        "end: medians; the margin is its logit over the best other token's, in nats.",
+        "that went on behind a natural end, and by how many tokens at most. P(EOS), its rank and "
+        "margin: at the natural end, medians; the margin is its logit over the best other "
+        "token's, in nats.",
         "head": (
             "mode", "stopped", "95 % interval", "stop reasons", "tokens until stop", "median",
-            "mean tokens", "overran", "by up to", "loops", "cut off early", "EOS probability",
+            "mean tokens", "overran", "by up to", "loops", "cut off early", "P(EOS)",
             "EOS rank", "EOS margin",
         ),
         "rows": rows,

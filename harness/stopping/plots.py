@@ -1,4 +1,4 @@
-"""Plots of a stopping report: EOS by step, who still runs, and the weight sweep.
+"""Plots of a stopping report: EOS by step, who still runs and who stops where, the weight sweep.
 
 Knows nothing of files or verdicts.
 """
@@ -82,30 +82,36 @@ def _around_end(report: StoppingReport, mode: str) -> dict[int, tuple[float, flo
 
 
 def _survival(report: StoppingReport) -> Plot:
+    last = max((f.max_new_tokens for f in report.modes.values()), default=1)
+
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        last = max((f.max_new_tokens for f in report.modes.values()), default=1)
+        left, right = figure.subplots(1, 2)
         for place, (mode, figures) in enumerate(report.modes.items()):
             running = [1.0, *figures.survival.running]
             if figures.stopped == figures.total:
                 running += [running[-1]] * (last + 1 - len(running))
-            axes.step(
-                range(len(running)), running, where="post", label=plain(mode), linewidth=1.8,
-                **_series(place),
+            left.step(range(len(running)), running, where="post", linewidth=1.8, **_series(place))
+            hazard = figures.survival.hazard
+            right.plot(
+                range(1, len(hazard) + 1), hazard, label=plain(mode), linewidth=1.8,
+                marker="." if len(hazard) < 60 else None, **_series(place),
             )  # fmt: skip
-        axes.set_ylim(-0.03, 1.05)
-        axes.set_xlim(0, last)
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("share still running")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        left.set_ylabel("share still running")
+        right.set_ylabel("share of those running that stop here")
+        for axes in (left, right):
+            axes.set_ylim(-0.03, 1.05)
+            axes.set_xlim(0, last)
+            axes.set_xlabel("token of the completion")
+        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return drawn(
         "survival",
-        "Completions still running",
-        "Share of completions that run on behind each token (Kaplan-Meier; those cut off by the "
-        "length count as running until then). A mode that stops falls to 0.",
+        "Completions still running, and the hazard of EOS",
+        "Left: share of completions that run on behind each token (Kaplan-Meier; those cut off by "
+        "the length count as running until then); a mode that stops falls to 0. Right: of the "
+        "completions that reach a token, the share that stops there.",
         draw,
-        (9, 4.0),
+        (12, 4.2),
     )
 
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -191,6 +192,7 @@ def converse(root: Path, keys: str, *, columns: int = 120) -> tuple[int, str]:
     if child == 0:
         os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"}
         os.chdir(root)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
         os.execv(sys.executable, [sys.executable, "-m", "harness.cli", "review"])
     shown = ""
     asked = 0
