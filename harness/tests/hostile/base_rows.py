@@ -158,8 +158,8 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("index points at a number", INDEX, _NORM, _index(lambda m: m.update({_NORM: 3}))),
     ("index points at numbers", INDEX, "no file's name",
      _index(lambda m: m.update({_NORM: 3, _GATE: 4}))),
-    ("index of 100,000 shards", "x99.safetensors", "is missing",
-     _index(lambda m: m.update({f"a{n}": f"x{n}.safetensors" for n in range(100_000)}))),
+    ("index of 50,000 shards", "x99.safetensors", "is missing",
+     _index(lambda m: m.update({f"a{n}": f"x{n}.safetensors" for n in range(50_000)}))),
     ("1,500 stray shards", "model-00099-of-00002.safetensors", "does not name",
      _sharded(lambda f: [(f.base / f"model-{n:05}-of-00002.safetensors").touch()
                          for n in range(3, 1503)])),
