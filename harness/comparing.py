@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from harness.errors import InputError
 from harness.evidence import GAP_STEP, Evidence, Shifts, shifts
 from harness.noise import NoiseFloor, Tolerances, tolerances
+from harness.pieces import joined_pieces
 from harness.terminal import shown
 from harness.textdiff import word_diff_line
 from harness.verdict import Outcome, Verdict
@@ -115,11 +116,11 @@ def _compared(
         moved = shifts(then, seen, accepted.token_ids[:count])
         allowed = tolerances(floor, tokens=len(moved.chosen), gaps=len(moved.gaps))
     drifted = moved is not None and allowed is not None and _beyond(moved, allowed)
-    lines = list(_movement_lines(moved, allowed, floor, accepted, now))
+    lines = list(_movement_lines(moved, allowed, accepted, now, same))
     changed_contents = list(_contents_lines(accepted, fresh))
     if first is None:
         outcome = Outcome.DRIFT if drifted else Outcome.HELD
-        told = [*lines, *changed_contents] if drifted else lines
+        told = [*lines, f"the noise floor is {floor}", *changed_contents] if drifted else lines
         remedy = (
             "the model changed though the text has not yet: find out what did, or accept anew with "
             "lora-stack review or --snapshot-update"
@@ -131,7 +132,7 @@ def _compared(
             and _is_tie(accepted, fresh, first, allowed.tie, accepted_now)
         )
         outcome = Outcome.TIE if tied else Outcome.CHANGED
-        told = [*_difference_lines(accepted, fresh, first, floor, piece), *lines]
+        told = [*_difference_lines(accepted, fresh, first, floor, accepted_now, piece), *lines]
         told += [*changed_contents, *_text_lines(accepted, fresh)]
         remedy = _ACCEPT
     verdict = Verdict(
@@ -223,12 +224,14 @@ def _difference_lines(
     fresh: Snapshot,
     first: int,
     floor: NoiseFloor | None,
+    accepted_now: Evidence | None,
     piece: Callable[[int], str],
 ) -> Iterator[str]:
     def written(ids: tuple[int, ...]) -> str:
         return f"{piece(ids[first])!r} ({ids[first]})" if first < len(ids) else "the end"
 
-    before = "".join(piece(token) for token in fresh.token_ids[max(0, first - _CONTEXT) : first])
+    around = fresh.token_ids[max(0, first - _CONTEXT) : first]
+    before = joined_pieces(piece(token) for token in around)
     yield (
         f"token {first + 1} is the first that differs: {written(accepted.token_ids)} accepted, "
         f"{written(fresh.token_ids)} now{f', after {shown(before)!r}' if before else ''}"
@@ -236,7 +239,11 @@ def _difference_lines(
     pair = [s.token_ids[first] for s in (accepted, fresh) if first < len(s.token_ids)]
     for when, side in (("then", accepted), ("now", fresh)):
         if side.evidence is not None and first < len(side.evidence):
-            yield f"{when}: {_chances(side.evidence, first, pair, piece)}"
+            known = {}
+            if side is fresh and accepted_now is not None and first < len(accepted_now):
+                # Up to here the two read the same: so probable is the accepted token now.
+                known[accepted.token_ids[first]] = float(accepted_now.logprobs[first])
+            yield f"{when}: {_chances(side.evidence, first, pair, known, piece)}"
     if floor is not None:
         most = tolerances(floor, tokens=1, gaps=1).tie
         yield f"a tie is within {most:.2g} nats; the noise floor is {floor}"
@@ -246,10 +253,17 @@ def _difference_lines(
     )
 
 
-def _chances(evidence: Evidence, place: int, pair: list[int], piece: Callable[[int], str]) -> str:
+def _chances(
+    evidence: Evidence,
+    place: int,
+    pair: list[int],
+    known: dict[int, float],
+    piece: Callable[[int], str],
+) -> str:
     parts = []
     for token in pair:
         found = evidence.logprob_of(place, token)
+        found = known.get(token) if found is None else found
         chance = f"{math.exp(found):.2%}" if found is not None else "not among the first five"
         parts.append(f"{piece(token)!r} {chance}")
     margin = float(evidence.margins[place])
@@ -259,9 +273,9 @@ def _chances(evidence: Evidence, place: int, pair: list[int], piece: Callable[[i
 def _movement_lines(
     moved: Shifts | None,
     allowed: Tolerances | None,
-    floor: NoiseFloor | None,
     accepted: Snapshot,
     now: Evidence | None,
+    same: int,
 ) -> Iterator[str]:
     if moved is None or allowed is None:
         reason = "the run" if now is None else "the snapshot"
@@ -271,14 +285,13 @@ def _movement_lines(
         return
     if not len(moved.chosen):
         return
+    which = "same" if len(moved.chosen) <= same else "accepted"
     yield (
-        f"over {len(moved.chosen)} same tokens log-probabilities moved by {moved.chosen_rms:.2g} "
-        f"nats (rms; {allowed.chosen:.2g} are allowed), the alternatives' by {moved.gap_rms:.2g} "
-        f"({allowed.gaps:.2g}), at most {moved.worst:.2g} ({allowed.worst:.2g}) at token "
-        f"{moved.worst_place + 1}"
+        f"over {len(moved.chosen)} {which} tokens log-probabilities moved by "
+        f"{moved.chosen_rms:.2g} nats (rms; {allowed.chosen:.2g} are allowed), the alternatives' "
+        f"by {moved.gap_rms:.2g} ({allowed.gaps:.2g}), at most {moved.worst:.2g} "
+        f"({allowed.worst:.2g}) at token {moved.worst_place + 1}"
     )
-    if _beyond(moved, allowed):
-        yield f"the noise floor is {floor}"
 
 
 def _contents_lines(accepted: Snapshot, fresh: Snapshot) -> Iterator[str]:

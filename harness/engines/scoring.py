@@ -31,7 +31,9 @@ _TOKENS = {"cpu": 2048}  # in one forward pass, padding included
 _TOKENS_ELSEWHERE = 16_384
 _LOGIT_BYTES = {"cpu": 256 << 20}
 _LOGIT_BYTES_ELSEWHERE = 2 << 30
-_ROWS = 64  # positions whose float32 distribution is held at a time
+# Positions whose float32 distributions are held at a time: on a CPU as many as its cache holds.
+_ROW_BYTES = {"cpu": 4 << 20}
+_ROW_BYTES_ELSEWHERE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,14 +187,17 @@ def score_stepwise(
 def _evidence(logits: Tensor, chosen: Tensor) -> Evidence:
     """`(n, vocabulary)` logits of any dtype -> evidence of the chosen `(n,)` tokens."""
     top = min(TOP, logits.shape[-1])
+    held = _ROW_BYTES.get(logits.device.type, _ROW_BYTES_ELSEWHERE)
+    rows = max(torch.get_num_threads(), held // (logits.shape[-1] * 4))
     parts: list[tuple[Any, Any, Any]] = []
-    for start in range(0, len(logits), _ROWS):
-        block = logits[start : start + _ROWS]
+    for start in range(0, len(logits), rows):
+        block = logits[start : start + rows]
         # As `generate` does: float32, and its own arg-max, which decides between equal ones.
         block = block if block.dtype == torch.float64 else block.float()
-        best = block.argmax(-1, keepdim=True)
-        places = _best_first(block.topk(top, dim=-1).indices, best)
-        tokens = chosen[start : start + _ROWS].to(block.device)[:, None]
+        highest, places = block.topk(top, dim=-1)
+        if top > 1 and not bool((highest[:, 0] > highest[:, 1]).all()):  # equal ones, or NaN
+            places = _best_first(places, block.argmax(-1, keepdim=True))
+        tokens = chosen[start : start + rows].to(block.device)[:, None]
         logprobs = block.log_softmax(-1)
         # Equal logits stay equal: every figure comes from the one distribution.
         own, values = logprobs.gather(-1, tokens), logprobs.gather(-1, places)

@@ -8,7 +8,6 @@ modes or prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ __all__ = ["Witness", "compare_base_with_files"]
 
 _WHOLE_ELEMENTS = 1 << 22  # a model of this many parameters is summed whole
 _SAMPLE = 4096
+_RUN = 64  # neighbours that a sample takes together: they cost one look at memory
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,7 +31,7 @@ class Witness:
     def __init__(self, model: Any) -> None:
         total = sum(parameter.numel() for parameter in model.parameters())
         self._sample = None if total <= _WHOLE_ELEMENTS else _SAMPLE
-        self._sums = dict(self._read(model))
+        self._sums, _ = self._read(model)
         self.sampled = self._sample is not None
 
     def check(self, model: Any, when: str) -> None:
@@ -43,24 +43,29 @@ class Witness:
         Raises:
             ActivationError: a parameter is other, gone or new; a module is in training mode.
         """
-        training = next((name for name, m in model.named_modules() if m.training), None)
+        now, training = self._read(model)
         if training is not None:
             raise ActivationError(f"{when}: {training or 'the model'} is in training mode")
-        now = dict(self._read(model))
         for name in [*self._sums, *now]:
             if self._sums.get(name) != now.get(name):
                 state = "gone" if name not in now else "new" if name not in self._sums else "other"
                 raise ActivationError(f"{when}: {name} is {state} than what was loaded")
 
-    def _read(self, model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-        tensors = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= dict(model.named_buffers())
-        for name, tensor in tensors.items():
-            if tensor.device.type == "meta":
-                continue  # offloaded to disk: not here to be summed
-            data = tensor.detach()
-            total = _bit_sum(data, self._sample)
-            yield name, (0 if total is None else int(total.item()), *data.shape)
+    def _read(self, model: Any) -> tuple[dict[str, tuple[int, ...]], str | None]:
+        """Sum and shape of every tensor, and the first module that is in training mode."""
+        sums: dict[str, tuple[int, ...]] = {}
+        training = None
+        for path, module in model.named_modules(remove_duplicate=False):
+            if module.training and training is None:
+                training = path
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None or tensor.device.type == "meta":
+                    continue  # none, or offloaded to disk: not here to be summed
+                data = tensor.detach()
+                total = _bit_sum(data, self._sample)
+                key = f"{path}.{name}" if path else name
+                sums[key] = (0 if total is None else int(total.item()), *data.shape)
+        return sums, training
 
 
 def _bit_sum(data: Tensor, sample: int | None) -> Tensor | None:
@@ -71,8 +76,16 @@ def _bit_sum(data: Tensor, sample: int | None) -> Tensor | None:
         data = torch.view_as_real(data) if data.is_complex() else data.to(torch.int8)
     flat = data.reshape(-1)
     if sample is not None and flat.numel() > sample:
-        flat = flat[:: max(1, flat.numel() // sample)]
+        flat = _spread(flat, sample)
     return flat.contiguous().view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+def _spread(flat: Tensor, sample: int) -> Tensor:
+    """*sample* elements in runs, evenly spread from the first element to about the last."""
+    runs = max(1, sample // _RUN)
+    length = sample // runs
+    step = (flat.numel() - length) // max(1, runs - 1)
+    return flat.as_strided((runs, length), (step, 1))
 
 
 def compare_base_with_files(model: Any, checkpoint: CheckpointFiles) -> int:

@@ -220,7 +220,7 @@ def _change(case: Case) -> tuple[str, str]:
     if case.then is None:
         text = " ".join(case.now.text.split())
         why = "cannot be read" if outcome is Outcome.UNREADABLE else "nothing is accepted yet"
-        said = text if len(text) <= 200 else text[:200] + "…"
+        said = (text or "no words") if len(text) <= 200 else text[:200] + "…"
         return _digest(outcome.value, case.now.stop_reason, case.now.text), f"{why}; now: {said}"
     hunks: list[str] = []
     words = ""

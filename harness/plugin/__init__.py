@@ -30,7 +30,14 @@ from harness.plugin.latency import (
     skip_without_meaning,
 )
 from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
-from harness.plugin.setting import DEST, OPTIONS, SETTING, ini_name, read_setting
+from harness.plugin.setting import (
+    DEST,
+    OPTIONS,
+    SETTING,
+    ini_name,
+    read_setting,
+    snapshots_folder,
+)
 from harness.plugin.summary import (
     case_of,
     outcome_of,
@@ -117,7 +124,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if setting.asked_for and not config.option.help:
         # A stack that cannot be had is an error before any test is collected.
         try:
-            _ = setting.stack, setting.preset
+            _ = setting.stack, setting.preset, snapshots_folder(config)
         except InputError as error:
             raise pytest.UsageError(shown(str(error))) from None
         if os.environ.get("CI") and config.getoption("update_snapshots", False):
@@ -284,12 +291,13 @@ def _lora_accepted(
     pytestconfig: pytest.Config, lora_engine: PeftEngine, lora_preset: Preset
 ) -> Accepted:
     setting = pytestconfig.stash[SETTING]
+    snapshots, folder = snapshots_folder(pytestconfig)
     accepted = Accepted(
         engine=lora_engine,
         preset=lora_preset,
         root=pytestconfig.rootpath,
-        snapshots=pytestconfig.rootpath / pytestconfig.getini("lora_snapshots"),
-        profile=pytestconfig.getoption(DEST + "profile"),
+        snapshots=snapshots,
+        folder=folder,
         replaying=not pytestconfig.getoption(DEST + "no_replay"),
         # Who asks for an update wants what drifted to be written, too.
         drift_fails=setting.drift_fails or bool(pytestconfig.getoption("update_snapshots", False)),

@@ -18,6 +18,7 @@ import pytest
 
 from harness.completion import Application, Completion, Prompt
 from harness.errors import InputError
+from harness.pieces import token_piece
 from harness.preset import Preset
 from harness.stack import Mode
 from harness.terminal import shown
@@ -117,6 +118,7 @@ class Judged:
     comparison: Comparison
     floor: NoiseFloor | None
     how: str
+    accepted_now: Evidence | None = None  # of the accepted tokens, from the model of today
     written: bool = False  # the session has just accepted it
     unrecorded: str | None = None  # why it does not lie in .pending/ for the review
 
@@ -140,12 +142,12 @@ class Accepted:
         preset: Preset,
         root: Path,
         snapshots: Path,
-        profile: str | None,
+        folder: Path,
         replaying: bool,
         drift_fails: bool,
     ) -> None:
         self.engine, self.preset, self.root, self.snapshots = engine, preset, root, snapshots
-        self.folder = snapshots / profile if profile else snapshots
+        self.folder = folder
         self.drift_fails = drift_fails
         self.judged: dict[Path, Judged] = {}
         self.completions = Completions(engine, preset, self.drafts if replaying else None)
@@ -208,7 +210,7 @@ class Accepted:
             accepted_now = replayed.draft_evidence
         comparison = judge_snapshot(
             path.relative_to(self.snapshots).with_suffix("").as_posix(),
-            found,
+            self._from_root(found) if isinstance(found, InputError) else found,
             fresh,
             floor,
             accepted_now=accepted_now,
@@ -221,9 +223,17 @@ class Accepted:
             comparison=comparison,
             floor=floor,
             how=str(replayed) if replayed is not None else "made by the test",
+            accepted_now=accepted_now,
         )
         self.judged[path] = judged
         return judged
+
+    def _from_root(self, fault: InputError) -> InputError:
+        """*fault* with its path from the root folder: evidence is read in pull requests, too."""
+        if fault.where is None or not Path(fault.where).is_relative_to(self.root):
+            return fault
+        where = Path(fault.where).relative_to(self.root)
+        return InputError(fault.fault, where=where, remedy=fault.remedy)
 
     def _floor(self, found: Found, fresh: Snapshot) -> NoiseFloor | None:
         """The noise floor of this run against what was recorded; measured when first needed."""
@@ -247,12 +257,9 @@ class Accepted:
         return self._floors[key]
 
     def piece(self, token: int) -> str:
-        """A token as text."""
+        """A token as text, bytes that are no character by name."""
         if token not in self._pieces:
-            try:
-                self._pieces[token] = self.engine.tokenizer.decode([token])
-            except (OverflowError, ValueError, TypeError, KeyError, IndexError):
-                self._pieces[token] = f"<{token}>"  # no token of this tokenizer
+            self._pieces[token] = token_piece(self.engine.tokenizer, token)
         return self._pieces[token]
 
     def record(self, judged: Judged) -> None:
@@ -286,7 +293,7 @@ class Accepted:
             first=None if judged.written else judged.comparison.first,
             noise_floor=judged.floor.chosen if judged.floor is not None else None,
             then=self._side(found) if isinstance(found, Snapshot) else None,
-            now=self._side(fresh),
+            now=self._with_accepted(self._side(fresh), judged),
             accepting=accepting,
             accepted_sha256={path: _sha256(self.root / path) for path in accepting},
         )
@@ -311,6 +318,25 @@ class Accepted:
             stop_reason=snapshot.stop_reason.value,
             positions=self._positions(snapshot.token_ids, snapshot.evidence),
             conditions=self._conditions(snapshot),
+        )
+
+    def _with_accepted(self, side: Side, judged: Judged) -> Side:
+        """*side* with the accepted token among the alternatives where the two part."""
+        first, scored = judged.comparison.first, judged.accepted_now
+        if scored is None or first is None or first >= min(len(scored), len(side.positions)):
+            return side
+        from harness.pending import Alternative
+
+        assert not isinstance(judged.found, InputError | None)
+        token, here = judged.found.token_ids[first], side.positions[first]
+        if token in {other.token_id for other in here.alternatives}:
+            return side
+        added = Alternative(
+            token_id=token, piece=self.piece(token), logprob=float(scored.logprobs[first])
+        )
+        here = replace(here, alternatives=(*here.alternatives, added))
+        return replace(
+            side, positions=(*side.positions[:first], here, *side.positions[first + 1 :])
         )
 
     @staticmethod

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from harness.embedded import embedded_folder
-from harness.plugin.setting import DEST, SETTING, case_name
+from harness.plugin.setting import SETTING, case_name, snapshots_folder
 
 __all__ = ["ORPHANS", "find_orphans", "remember_collected"]
 
@@ -42,10 +42,10 @@ def remember_collected(config: pytest.Config, items: Iterable[pytest.Item]) -> N
 def find_orphans(config: pytest.Config) -> list[str]:
     """Snapshots and sidecars below the snapshots folder that no collected test asks for."""
     asked = config.stash.get(_COLLECTED, {})
-    profile = config.getoption(DEST + "profile")
-    folder = config.rootpath / config.getini("lora_snapshots")
-    folder = folder / profile if profile else folder
-    if not asked or not folder.is_dir():
+    _, folder = snapshots_folder(config)
+    if not asked and not any(folder.glob("*/*.evidence")):
+        return []  # another project's folder of the same name, or none
+    if not folder.is_dir():
         return []
     modules = _modules(config.rootpath)
     found: list[Path] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,18 @@ from harness.options import (
 from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
+from harness.terminal import shown
 
-__all__ = ["DEST", "OPTIONS", "SETTING", "Setting", "case_name", "ini_name", "read_setting"]
+__all__ = [
+    "DEST",
+    "OPTIONS",
+    "SETTING",
+    "Setting",
+    "case_name",
+    "ini_name",
+    "read_setting",
+    "snapshots_folder",
+]
 
 #: What every option's destination starts with: pytest's namespace is shared by all plugins.
 DEST = "lora_stack_"
@@ -120,6 +131,25 @@ def case_name(setting: Setting, prompt: str, mode: str) -> str:
     from harness.snapshot import snapshot_name
 
     return snapshot_name(setting.preset.name, prompt, mode)
+
+
+def snapshots_folder(config: pytest.Config) -> tuple[Path, Path]:
+    """The folder of accepted completions, and the profile's in it (the same without a profile).
+
+    Raises:
+        UsageError: a profile that is no plain name, or a folder outside of the root folder.
+    """
+    profile, ini = config.getoption(DEST + "profile"), config.getini("lora_snapshots")
+    if profile is not None and not re.fullmatch(r"\w[\w.-]*", profile):
+        raise pytest.UsageError(
+            f"--snapshot-profile: {shown(profile)!r} is no plain name → use letters and digits"
+        )
+    folder = config.rootpath / ini
+    if ".." in folder.parts or not folder.is_relative_to(config.rootpath):
+        raise pytest.UsageError(
+            f"lora_snapshots: {shown(ini)!r} is outside of {config.rootpath} → name a folder in it"
+        )
+    return folder, folder / profile if profile else folder
 
 
 def _drift_fails(config: pytest.Config) -> bool:

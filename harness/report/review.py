@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.errors import InputError
 from harness.pending import Broken, Case, Decided, Position, Record, Records
+from harness.pieces import joined_pieces
 from harness.verdict import Outcome
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "review_outcome",
     "rows",
     "summary",
+    "unread",
 ]
 
 #: One sign a verdict, for grids.
@@ -94,6 +97,11 @@ class Fork:
     alternatives: tuple[tuple[str, float | None, float | None], ...]
     margin_then: float | None
     margin_now: float | None
+
+
+def unread(error: InputError) -> str:
+    """Why a recorded case cannot be shown; its path is this machine's and stays here."""
+    return error.fault if error.remedy is None else f"{error.fault} → {error.remedy}"
 
 
 def display(record: Record) -> str:
@@ -182,7 +190,7 @@ def fork(case: Case) -> Fork | None:
     shared = now if len(now) >= index else then
     return Fork(
         index=index,
-        before=_before(case, _joined(shared[max(0, index - _AROUND) : index])),
+        before=_joined(shared[max(0, index - _AROUND) : index]),
         then=old,
         now=new,
         after_then=_joined(then[index + 1 : index + 1 + _AROUND]),
@@ -193,17 +201,8 @@ def fork(case: Case) -> Fork | None:
     )
 
 
-def _before(case: Case, pieces: str) -> str:
-    """*pieces*, or where tokens are parts of characters, what both texts begin with."""
-    if "\ufffd" not in pieces or case.then is None:
-        return pieces
-    pairs = enumerate(zip(case.then.text, case.now.text, strict=False))
-    end = next((place for place, (then, now) in pairs if then != now), None)
-    return case.now.text[:end][-4 * _AROUND :]
-
-
 def _joined(positions: Sequence[Position]) -> str:
-    return "".join(position.piece for position in positions)
+    return joined_pieces(position.piece for position in positions)
 
 
 def _alternatives(

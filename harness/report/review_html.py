@@ -28,6 +28,7 @@ from harness.report.review import (
     percent,
     rows,
     summary,
+    unread,
 )
 from harness.terminal import shown
 from harness.textdiff import Change, word_diff
@@ -149,7 +150,7 @@ def _card(record: Record, places: dict[str, int]) -> dict[str, Any]:
     try:
         case = read_case(record)
     except InputError as error:
-        return card | {"fault": str(error)}
+        return card | {"fault": unread(error)}
     then = case.now.text if case.then is None else case.then.text
     return card | {
         "prompt_text": case.prompt_text,

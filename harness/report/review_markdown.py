@@ -26,6 +26,7 @@ from harness.report.review import (
     percent,
     rows,
     summary,
+    unread,
 )
 from harness.terminal import shown
 from harness.textdiff import word_diff_line
@@ -128,7 +129,7 @@ def _group(group: Group) -> Iterable[str]:
     try:
         case = read_case(head)
     except InputError as error:
-        yield f"\n- {_code(head.name)}: {_code(str(error))}\n"
+        yield f"\n- {_code(head.name)}: {_code(unread(error))}\n"
         return
     also = [f"{_plain(r.prompt)} × {_plain(r.mode)}" for r in others]
     title = f"{SIGNS[group.outcome.value]} {group.outcome.value}: "

@@ -32,6 +32,7 @@ from harness.report.review import (
     percent,
     rows,
     summary,
+    unread,
 )
 from harness.terminal import shown
 from harness.textdiff import Change, word_diff
@@ -152,7 +153,7 @@ def _print_record(out: Console, record: Record, *, tokens: bool) -> None:
     try:
         case = read_case(record)
     except InputError as error:
-        _line(out, Text(f"! {shown(str(error))}", style="bold red"))
+        _line(out, Text(f"! {shown(f'{record.name}: {unread(error)}')}", style="bold red"))
         return
     print_case(out, case, tokens=tokens)
 

@@ -8,6 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.bench.evidence_size import (
+    ENGLISH,
+    TOKENS,
+    VOCABULARY,
+    by_frequency,
+    english_size,
+    random_evidence,
+    uniform,
+)
 from harness.evidence import (
     GAP_STEP,
     TOP_STEP,
@@ -18,58 +27,16 @@ from harness.evidence import (
     stored,
 )
 
-QWEN_VOCABULARY = 151_936
-ENGLISH = (
-    "The kettle had been singing for some time before anyone in the house thought of tea. Rain "
-    "went on tapping at the tall windows, patient as a clerk, and the garden beyond them had lost "
-    "its edges; only the pear tree kept its shape, a darker grey on grey. My grandmother measured "
-    "the leaves with the small spoon that was used for nothing else, waited, and poured. You must "
-    "never hurry it, she said, as she had said every autumn that I could remember, and you must "
-    "never leave it either. I asked her once what would happen if one did. She considered the "
-    "question with great seriousness, and told me that the tea would know.\n"
-)
-
-
-def evidence_of(rows, *, vocabulary, seed, ids):
-    """Random evidence with peaked distributions: greedy, half of the tokens above nine tenths."""
-    rng = np.random.default_rng(seed)
-    best = rng.beta(2.2, 0.6, size=rows) * 0.9995
-    rest = np.sort(rng.dirichlet(np.full(4, 0.7), size=rows), axis=1)[:, ::-1]
-    others = np.maximum(rest * (rng.uniform(0.4, 0.9, size=rows) * (1 - best))[:, None], 1e-9)
-    chances = np.concatenate([np.maximum(best[:, None], others[:, :1] * 1.01), others], axis=1)
-    top_ids = np.stack([ids(rng, vocabulary) for _ in range(rows)])
-    logprobs = np.log(chances)
-    return Evidence(logprobs=logprobs[:, 0].copy(), top_ids=top_ids, top_logprobs=logprobs)
-
-
-def by_frequency(rng, vocabulary):
-    """Five tokens, as likely as words are by Zipf's law where ids are ranks."""
-    found = []
-    while len(found) < 5:
-        token = min(int(3 * (vocabulary / 3) ** rng.random()), vocabulary - 1)
-        found += [token] if token not in found else []
-    return np.array(found)
-
-
-def uniform(rng, vocabulary):
-    return rng.choice(vocabulary, 5, replace=False)
-
 
 def test_evidence_of_128_tokens_takes_at_most_three_times_their_text():
-    """A Qwen tokenizer makes about 4.6 characters of English a token; the text above has 128."""
-    from harness.snapshot_files import sidecar_bytes
-
-    assert 4.3 * 128 < len(ENGLISH) < 4.9 * 128
-    form = "\n" * 35 + ENGLISH  # the lines that a snapshot's form has around the text
+    assert 4.3 * TOKENS < len(ENGLISH) < 4.9 * TOKENS
     for seed in range(20):
-        evidence = evidence_of(128, vocabulary=QWEN_VOCABULARY, seed=seed, ids=by_frequency)
-        encoded = encode_evidence(evidence, evidence.top_ids[:, 0])
-        assert len(sidecar_bytes(form.encode(), encoded)) <= 3 * len(ENGLISH.encode())
+        assert english_size(by_frequency, seed=seed).times <= 3
 
 
 @pytest.mark.parametrize("ids", [by_frequency, uniform])
 def test_stored_evidence_is_within_half_a_step(ids):
-    evidence = evidence_of(64, vocabulary=QWEN_VOCABULARY, seed=1, ids=ids)
+    evidence = random_evidence(64, vocabulary=VOCABULARY, seed=1, ids=ids)
     back = stored(evidence, evidence.top_ids[:, 0])
     assert (back.top_ids == evidence.top_ids).all()
     assert np.abs(back.logprobs - evidence.logprobs).max() <= TOP_STEP / 2 + 1e-12
@@ -115,7 +82,7 @@ def test_any_evidence_is_read_back(case):
 @given(data=st.data(), seed=st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_damaged_bytes_are_a_value_error_or_other_evidence(data, seed):
-    evidence = evidence_of(6, vocabulary=300, seed=seed, ids=uniform)
+    evidence = random_evidence(6, vocabulary=300, seed=seed, ids=uniform)
     produced = evidence.top_ids[:, 0]
     encoded = bytearray(encode_evidence(evidence, produced))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -148,7 +115,7 @@ def test_a_single_candidate_is_chosen_by_any_margin():
 
 
 def test_figures_that_are_no_numbers_are_not_stored():
-    evidence = evidence_of(3, vocabulary=300, seed=0, ids=uniform)
+    evidence = random_evidence(3, vocabulary=300, seed=0, ids=uniform)
     evidence.logprobs[1] = np.nan
     with pytest.raises(ValueError, match="not one finite row"):
         encode_evidence(evidence, evidence.top_ids[:, 0])

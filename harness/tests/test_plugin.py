@@ -179,6 +179,9 @@ def test_snapshots_that_no_test_asks_for_are_named_and_kept(project, stack_argum
         result.stdout.fnmatch_lines(
             ["24 files of snapshots that no test asks for:", "  snapshots/test_one/p--prompt-2--*"]
         )
+    (project.path / "test_one.py").unlink()  # now no test asks for any
+    result = project.runpytest_subprocess(*stack_arguments)
+    result.stdout.fnmatch_lines(["32 files of snapshots that no test asks for:"])
     assert len(list((project.path / "snapshots").rglob("*.toml"))) == 16
 
 
@@ -225,6 +228,8 @@ def test_project_without_a_stack_hears_nothing(pytester):
         (["--lora-model=./nowhere"], "*./nowhere: no such folder*"),
         (["--preset=elegant_stile"], "*did you mean elegant_style*"),
         (["--max-new-tokens=0"], "*not 1 or more*"),
+        (["--modes=base", "--snapshot-profile=../mine"], "*'../mine' is no plain name*"),
+        (["--modes=base", "-o", "lora_snapshots=../mine"], "*'../mine' is outside of *"),
     ],
 )
 def test_bad_options_are_a_usage_error(pytester, arguments, complaint):

@@ -68,6 +68,31 @@ def test_a_large_model_is_summed_by_a_sample_of_every_tensor(engine, monkeypatch
         seen.check(engine.model, "now")
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_sample_notices_a_scaled_tensor_whichever_it_is(engine, monkeypatch, ending):
+    from harness.engines import witness
+
+    monkeypatch.setattr(witness, "_WHOLE_ELEMENTS", 10)
+    seen = witness.Witness(engine.model)
+    parameter(engine, ending).data *= 1.02
+    with pytest.raises(witness.ActivationError, match="is other"):
+        seen.check(engine.model, "now")
+
+
+@pytest.mark.parametrize("shape", [(4097,), (64, 4096), (1536, 576), (3, 9001)])
+def test_a_sample_is_spread_over_the_whole_tensor_and_most_of_its_columns(shape):
+    import torch
+
+    from harness.engines.witness import _spread
+
+    size = shape[0] * shape[-1] if len(shape) == 2 else shape[0]
+    places = _spread(torch.arange(size), 4096).flatten()
+    assert len(places.unique()) == 4096
+    assert int(places.min()) == 0
+    assert size - 64 <= int(places.max()) < size
+    assert len((places % shape[-1]).unique()) > min(shape[-1], 4096) // 2
+
+
 def test_base_in_memory_is_held_against_the_shards(engine):
     from harness.engines import witness
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.pending import read_records
+from harness.pending import Alternative, Position, read_records
 from harness.tests.review.factory import (
     CONDITIONS,
     HOSTILE,
@@ -288,6 +289,46 @@ def test_what_a_model_says_is_shown_never_obeyed(tmp_path: Path, capsys):
         assert "Cs" not in {unicodedata.category(character) for character in printed}
         assert not set(printed) & _OBEYED
         assert not re.search(r"^\s*(::|##\[)", printed, re.M)
+
+
+def test_halves_of_a_character_are_bytes_by_name_on_every_face(tmp_path: Path, capsys):
+    # Tea 茶 is E8 8C B6; E8 8C B7 is another character. 竹 (E7 AB B9) before it is whole.
+    shared = ["<0xE7>", "<0xAB>", "<0xB9>", " <0xE8><0x8C>"]
+    made = case(then="竹 茶", now="竹 茷", prompt="tea")
+
+    def said(side, last: str, rival: str):
+        pieces = (*shared, last)
+        found = tuple(
+            Position(
+                token_id=int.from_bytes(piece.encode()[-3:], "big"), piece=piece, logprob=-0.7,
+                alternatives=tuple(
+                    Alternative(
+                        token_id=int.from_bytes(each.encode()[-3:], "big"), piece=each,
+                        logprob=-0.7 - place,
+                    )
+                    for place, each in enumerate((piece, rival))
+                ),
+            )
+            for piece in pieces
+        )  # fmt: skip
+        return dataclasses.replace(side, positions=found)
+
+    then, now = said(made.then, "<0xB6>", "<0xB7>"), said(made.now, "<0xB7>", "<0xB6>")
+    recorded(tmp_path, dataclasses.replace(made, then=then, now=now, first=4))
+    root = ["--root", str(tmp_path)]
+    main(["review", *root, "--tokens"])
+    terminal = capsys.readouterr().out
+    assert "token 5: …竹 <0xE8><0x8C>[-<0xB6>-]{+<0xB7>+}" in terminal
+    assert terminal.count("‘<0xB6>’") == 2  # as an alternative, and in the table of tokens
+    main(["review", *root, "--markdown"])
+    comment = capsys.readouterr().out
+    assert "…竹 <0xE8><0x8C>[-<0xB6>-]{+<0xB7>+}…" in comment
+    assert "'<0xB7>'" in comment
+    main(["review", *root, "--html", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "…竹 &lt;0xE8&gt;&lt;0x8C&gt;<del>&lt;0xB6&gt;</del><ins>&lt;0xB7&gt;</ins>…" in page
+    assert r'"\u003c0xB7\u003e"' in page
+    assert "\ufffd" not in terminal + comment + page
 
 
 def test_opening_a_review_imports_no_torch_and_nothing_heavy(grid: Path):

@@ -241,12 +241,17 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int):
         await key("j"); await key("t"); await pause();
         const wide = $$("main > *, .card, .card > *, .t").filter(element =>
           !element.closest(".scroll") && element.getBoundingClientRect().right > WIDTH + 1);
+        const out = $$(".at table").filter(table => table.getBoundingClientRect().right >
+          table.closest(".card").getBoundingClientRect().right);
         return { wide: wide.map(element => element.className).slice(0, 5), faults,
+                 out: out.length, tables: $$(".at table").length,
                  scroll: document.documentElement.scrollWidth };
         """.replace("WIDTH", str(width)),
         f"--window-size={width},800",
     )
     assert found["wide"] == []
+    assert found["out"] == 0
+    assert found["tables"] > 0
     assert found["faults"] == []
 
 
