@@ -92,7 +92,7 @@ def test_damaged_bytes_are_a_value_error_or_other_evidence(data, seed):
 
 
 def test_every_flipped_bit_is_a_value_error_or_other_evidence():
-    evidence = evidence_of(6, vocabulary=300, seed=0, ids=uniform)
+    evidence = random_evidence(6, vocabulary=300, seed=0, ids=uniform)
     produced = evidence.top_ids[:, 0]
     encoded = encode_evidence(evidence, produced)
     refused = 0
@@ -107,7 +107,7 @@ def test_every_flipped_bit_is_a_value_error_or_other_evidence():
 
 
 def test_a_single_candidate_is_chosen_by_any_margin():
-    evidence = evidence_of(3, vocabulary=300, seed=0, ids=uniform)
+    evidence = random_evidence(3, vocabulary=300, seed=0, ids=uniform)
     alone = replace(
         evidence, top_ids=evidence.top_ids[:, :1], top_logprobs=evidence.top_logprobs[:, :1]
     )
