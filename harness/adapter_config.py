@@ -6,6 +6,7 @@ is. Knows nothing of weights, stacks or live models.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ __all__ = [
 CONFIG_NAME = "adapter_config.json"
 #: The most that one module's scale may be: beyond it every logit is noise, and no trainer goes.
 _MAX_SCALE = 1e4
+_MOST_MATCHES = 10**7  # of patterns with modules' names: some seconds
+_MOST_PATTERNS = 10_000  # of one key
 _MEGATRON = "megatron.core"  # what PEFT writes by default, and never imports without its config
 
 _N = TypeVar("_N", int, float)
@@ -199,6 +202,14 @@ class AdapterConfig:
             InputError: a pattern does not compile, or takes for ever on one of *modules*.
         """
         for key, patterns in self._patterns().items():
+            many = len(patterns) * len(modules) > _MOST_MATCHES
+            if many or len(patterns) > _MOST_PATTERNS:
+                raise InputError(
+                    f"{key}: holds {len(patterns)} patterns for {len(modules)} modules, more than "
+                    "can be tried",
+                    where=self.path,
+                    remedy="name what the modules have in common",
+                )
             found = pattern_fault([wrapped for wrapped, _ in patterns], modules)
             if found is not None:
                 written = next(plain for wrapped, plain in patterns if wrapped == found[0])
@@ -233,10 +244,13 @@ def _names_module(names: Sequence[str] | str, module: str) -> bool:
 
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
     """The first key that names *module*, matched as `peft.utils.other.get_pattern_key` does."""
-    for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", module):
-            return key
-    return None
+    return next((key for key in patterns if _ending(key).match(module)), None)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _ending(key: str) -> re.Pattern[str]:
+    """Compiled once: `re` itself remembers 512, and a config can name every expert."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def checkpoints_inside(folder: Path) -> list[str]:
@@ -250,9 +264,10 @@ def checkpoints_inside(folder: Path) -> list[str]:
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
     """A sort key that puts `layers.2` before `layers.10`."""
+    parts = re.split(r"([0-9]+)", name)  # the odd ones are the numbers
     return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in re.split(r"(\d+)", name)
+        (0, len(digits := part.lstrip("0")), digits) if place % 2 else (1, 0, part)
+        for place, part in enumerate(parts)
         if part
     ]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.adapter_config import CONFIG_NAME, AdapterConfig, natural_order, read_adapter_config
-from harness.errors import InputError, combined, gathering, quoted
+from harness.errors import InputError, combined, enough, gathering, quoted
 from harness.file_kinds import is_folder, is_there
 from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
 
@@ -41,6 +41,7 @@ KEY_PREFIX = "base_model.model."
 # PEFT wraps them one around the other in this order, the first innermost.
 _PARAMETERS = ("gate_up_proj", "down_proj", "weight")
 _WRAPPER = ".base_layer"
+_MOST_STRANGERS = 1000  # are told of; a header can hold a million
 _ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 _KEY = re.compile(
@@ -185,7 +186,7 @@ def read_adapter(
                 _pair(module, factors[module], tensors.path, None)
         raise combined(found)
     if not config.not_additive:
-        found += [_stranger(key, tensors.path) for key in strangers]
+        found += [_stranger(key, tensors.path) for key in strangers[:_MOST_STRANGERS]]
     if not factors:
         found.append(
             InputError(
@@ -196,6 +197,8 @@ def read_adapter(
     config.refuse_slow_patterns(list(factors))
     pairs: dict[str, PairEntry] = {}
     for module in sorted(factors, key=natural_order):
+        if enough(found):
+            break
         with gathering(found):
             pairs[module] = _pair(module, factors[module], tensors.path, config)
     if found and faults is None:

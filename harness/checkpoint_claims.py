@@ -1,4 +1,4 @@
-"""What a base's config claims, held against its tensors; its tokenizer and generation settings.
+"""What a base's config claims, held against its tensors.
 
 transformers builds the model by `config.json` and fills it by name: what has no tensor is drawn
 at random, what has no place is dropped, both with a log line at most. Knows nothing of adapters.
@@ -7,18 +7,14 @@ at random, what has no place is dropped, both with a log line at most. Knows not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from harness.checkpoint_files import CheckpointFiles
 from harness.config_fields import FieldReader
-from harness.errors import InputError, quoted
-from harness.file_kinds import is_there
-from harness.strict_json import read_json_object
+from harness.errors import InputError, enough, quoted
 from harness.tensor_files import same_bytes
 
-__all__ = ["PLAIN_FAMILIES", "check_claims", "check_tokenizer"]
+__all__ = ["PLAIN_FAMILIES", "check_claims"]
 
 #: Families whose tensors are called as their modules are, one layer like the next.
 PLAIN_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -27,9 +23,6 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _AGAIN = "copy the base model again, config and weights from one place"
 _TRUST = "remove it; or pass --trust-remote-code if you trust this folder"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-#: Gemma's tokenizer.json has 33 MB.
-_MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
 
 
 def check_claims(
@@ -80,7 +73,9 @@ def _check_dtypes(checkpoint: CheckpointFiles, faults: list[InputError]) -> None
         )
         for shard in checkpoint.shards
         for entry in shard.entries.values()
-        if entry.name.endswith("weight") and entry.dtype not in _WEIGHT_DTYPES
+        if entry.name.endswith("weight")
+        and entry.dtype not in _WEIGHT_DTYPES
+        and not enough(faults)
     )
 
 
@@ -115,7 +110,7 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
         of_layer |= {f"self_attn.{name}_norm.weight": [width] for name in "qk"}
     layers = sizes["num_hidden_layers"]
     present = {int(m[1]) for name in checkpoint.places if (m := _LAYER.fullmatch(name))}
-    if present != set(range(layers)):
+    if len(present) != layers or max(present, default=-1) != layers - 1:
         read.fault(
             "num_hidden_layers",
             f"claims {layers} layers, the tensors hold {len(present)}"
@@ -126,7 +121,8 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
         for layer in range(layers):
             expected |= {f"model.layers.{layer}.{name}": s for name, s in of_layer.items()}
     for name, shape in expected.items():
-        _check_shape(checkpoint, name, shape, faults)
+        if not enough(faults):
+            _check_shape(checkpoint, name, shape, faults)
     _check_tie(checkpoint, faults)
 
 
@@ -159,104 +155,3 @@ def _check_tie(checkpoint: CheckpointFiles, faults: list[InputError]) -> None:
                 remedy="set it to false, or copy the base model again",
             )
         )
-
-
-def check_tokenizer(
-    checkpoint: CheckpointFiles, faults: list[InputError], *, trust_remote_code: bool
-) -> None:
-    """Hold tokenizer and generation settings against the size of the embedding."""
-    folder = checkpoint.folder
-    rows = _embedding_rows(checkpoint)
-    files = {
-        name: _optional(folder / name, faults, limit=limit)
-        for name, limit in (
-            ("tokenizer.json", _MAX_TOKENIZER_BYTES),
-            ("tokenizer_config.json", None),
-            ("generation_config.json", None),
-            ("special_tokens_map.json", None),
-            ("added_tokens.json", None),
-        )
-    }
-    if not any(is_there(folder / name) for name in _TOKENIZER_FILES):
-        names = ", ".join(_TOKENIZER_FILES)
-        faults.append(
-            InputError(
-                f"holds no tokenizer (none of {names})",
-                where=folder,
-                remedy="copy the base's tokenizer files beside its weights",
-            )
-        )
-    if files["tokenizer.json"] is not None and rows is not None:
-        _check_ids(files["tokenizer.json"], rows, folder / "tokenizer.json", faults)
-    settings = files["tokenizer_config.json"]
-    if settings is not None and settings.get("auto_map") and not trust_remote_code:
-        read = FieldReader(settings, folder / "tokenizer_config.json")
-        read.fault("auto_map", "the tokenizer needs Python code from its own folder", _TRUST)
-        faults += read.faults
-    if files["generation_config.json"] is not None:
-        _check_generation(files["generation_config.json"], rows, folder, faults)
-
-
-def _optional(path: Path, faults: list[InputError], *, limit: int | None) -> dict[str, Any] | None:
-    if not is_there(path):
-        return None
-    try:
-        if limit is None:
-            return read_json_object(path, what=path.name)
-        return read_json_object(path, what=path.name, limit=limit)
-    except InputError as error:
-        faults.extend(error.faults)
-        return None
-
-
-def _embedding_rows(checkpoint: CheckpointFiles) -> int | None:
-    names = [name for name in checkpoint.places if name.endswith("embed_tokens.weight")]
-    if len(names) != 1:
-        return None
-    return checkpoint.entry(names[0]).shape[0] if checkpoint.entry(names[0]).shape else None
-
-
-def _check_ids(
-    tokenizer: Mapping[str, Any], rows: int, path: Path, faults: list[InputError]
-) -> None:
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    advice = "copy the tokenizer that belongs to this base"
-    if not isinstance(vocabulary, dict | list) or not vocabulary:
-        faults.append(InputError("model: holds no vocab", where=path, remedy=advice))
-        return
-    ids: list[Any] = (
-        [*vocabulary.values()] if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    )
-    if isinstance(added, list):
-        ids += [token.get("id") for token in added if isinstance(token, dict)]
-    if not all(type(number) is int and number >= 0 for number in ids):
-        faults.append(InputError("model: vocab has ids that are no ids", where=path, remedy=advice))
-        return
-    if max(ids) >= rows:
-        faults.append(
-            InputError(
-                f"model: gives the id {max(ids)}, the embedding has {rows} rows",
-                where=path,
-                remedy=advice,
-            )
-        )
-
-
-def _check_generation(
-    settings: Mapping[str, Any], rows: int | None, folder: Path, faults: list[InputError]
-) -> None:
-    path = folder / "generation_config.json"
-    read = FieldReader(settings, path)
-    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        value = settings.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(number) is int and number >= 0 for number in ids):
-            read.fault(key, f"{quoted(value)} is no token id", "write the id, or a list of ids")
-        elif rows is not None and ids and max(ids) >= rows:
-            read.fault(key, f"{max(ids)} is beyond the {rows} rows of the embedding", _AGAIN)
-    for key in ("temperature", "top_p", "repetition_penalty"):
-        value = settings.get(key)
-        if value is not None and (type(value) not in (int, float) or value <= 0):
-            read.fault(key, f"{quoted(value)} is not above 0", "write a number above 0")
-    faults += read.faults

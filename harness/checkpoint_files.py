@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputError, combined, gathering, quoted
+from harness.errors import InputError, combined, enough, gathering, quoted
 from harness.file_kinds import is_folder, is_there
 from harness.strict_json import MAX_JSON_BYTES, read_json_object
 from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
@@ -95,13 +95,17 @@ class CheckpointFiles:
         return shard
 
 
-def read_checkpoint(folder: Path) -> CheckpointFiles:
+def read_checkpoint(folder: Path, *, faults: list[InputError] | None = None) -> CheckpointFiles:
     """Read and check a base checkpoint's headers; all its faults at once.
+
+    Args:
+        faults: where some weights can be read, faults are added here instead of raised.
 
     Raises:
         InputError: no folder or config; an adapter among the base's files; only pickles; a
             missing, broken, doubled or stray shard; two checkpoints in one folder; an index that
-            names a tensor its shard does not hold, or points outside the folder.
+            names a tensor its shard does not hold, or points outside the folder; a config that
+            sends transformers to other weights.
     """
     if not is_folder(folder):
         fault = "is not a folder" if is_there(folder) else "no such folder"
@@ -132,6 +136,7 @@ def read_checkpoint(folder: Path) -> CheckpointFiles:
             what="config.json",
             remedy="give the folder of a model saved by transformers' save_pretrained",
         )
+    _check_named_weights(config, folder, found)
     if is_there(folder / INDEX_NAME):
         with gathering(found):
             index = read_json_object(folder / INDEX_NAME, what=INDEX_NAME, limit=MAX_JSON_BYTES)
@@ -143,11 +148,28 @@ def read_checkpoint(folder: Path) -> CheckpointFiles:
     if shards:
         named = set(shards) | set(map(str, (index or {}).get("weight_map", {}).values()))
         _check_strays(folder, named, index is not None, found)
-    if found:
+    if found and (faults is None or not shards):
         raise combined(found)
+    if faults is not None:
+        faults += found
     return CheckpointFiles(
         folder=folder, config=config, shards=tuple(shards.values()), index=index, places=places
     )
+
+
+def _check_named_weights(config: Mapping[str, Any], folder: Path, found: list[InputError]) -> None:
+    """transformers loads the file that `transformers_weights` names, whatever else lies there."""
+    named = config.get("transformers_weights")
+    read = INDEX_NAME if is_there(folder / INDEX_NAME) else SINGLE_NAME
+    if named is not None and named != read:
+        found.append(
+            InputError(
+                f"transformers_weights: names {quoted(named)}, which transformers would load "
+                f"instead of {read}",
+                where=folder / "config.json",
+                remedy=f"remove it, and keep the weights in {read}",
+            )
+        )
 
 
 def _single(folder: Path) -> TensorFile:
@@ -184,7 +206,7 @@ def _check_strays(
 ) -> None:
     """Weights that transformers would, or would not, read instead of those that were read."""
     for name in _names(folder):
-        if name in named:
+        if name in named or enough(found):
             continue
         if name == SINGLE_NAME and indexed:
             fault = f"lies beside {INDEX_NAME}, which does not name it: two checkpoints in a folder"
@@ -211,6 +233,8 @@ def _indexed(
     shards: dict[str, TensorFile] = {}
     broken: set[object] = set()
     for name in dict.fromkeys(value for value in weight_map.values() if isinstance(value, str)):
+        if enough(found):
+            break
         with gathering(found):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(
@@ -223,6 +247,8 @@ def _indexed(
             )
     places: dict[str, TensorFile] = {}
     for tensor, name in weight_map.items():
+        if enough(found):
+            break
         if not isinstance(name, str):
             if not broken:
                 found.append(
@@ -243,7 +269,7 @@ def _indexed(
             places[tensor] = shards[name]
     for shard in shards.values():
         for tensor in shard.entries:
-            if weight_map.get(tensor) == shard.path.name:
+            if weight_map.get(tensor) == shard.path.name or enough(found):
                 continue
             if tensor not in weight_map:
                 fault = (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harness.errors import InputError, quoted
+from harness.errors import InputError, enough, quoted
 
 __all__ = ["MAX_RANK", "FieldReader", "field_name"]
 
@@ -32,10 +32,12 @@ class FieldReader:
         self.raw = raw
         self.path = path
         self.faults: list[InputError] = []
+        self._told: set[str] = set()
 
     def fault(self, key: str, fault: str, remedy: str) -> None:
         error = InputError(f"{key}: {fault}", where=self.path, remedy=remedy)
-        if str(error) not in map(str, self.faults):
+        if str(error) not in self._told and not enough(self.faults):
+            self._told.add(str(error))
             self.faults.append(error)
 
     def flag(self, key: str) -> bool:

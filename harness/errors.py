@@ -14,12 +14,14 @@ __all__ = [
     "InputError",
     "InputFaults",
     "combined",
+    "enough",
     "gathering",
     "quoted",
 ]
 
 _LONGEST_QUOTE = 120
 _MOST_SHOWN = 20
+_MOST_GATHERED = 1000
 
 
 class HarnessError(Exception):
@@ -84,6 +86,11 @@ def gathering(faults: list[InputError]) -> Iterator[None]:
         yield
     except InputError as error:
         faults.extend(error.faults)
+
+
+def enough(faults: Sequence[InputError]) -> bool:
+    """Whether so many *faults* were found that looking for more would only cost time and memory."""
+    return len(faults) >= _MOST_GATHERED
 
 
 def quoted(value: object) -> str:

@@ -13,7 +13,7 @@ from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, adapter_digest
 from harness.checkpoint_claims import PLAIN_FAMILIES
 from harness.checkpoint_files import CheckpointFiles
-from harness.errors import InputError, gathering, quoted
+from harness.errors import InputError, enough, gathering, quoted
 from harness.stack import Adapter, Base
 from harness.strict_json import read_json_object
 from harness.tensor_files import same_bytes
@@ -21,6 +21,7 @@ from harness.tensor_files import same_bytes
 __all__ = ["check_adapter_on_base", "check_adapters_together", "check_base_copies"]
 
 _PROOF = "merge_proof.json"
+_MOST_ABSENT = 1000  # modules are told of
 _OTHER_BASE = "give the base that the adapter was trained on as --base-model"
 
 
@@ -68,6 +69,8 @@ def _check_shapes(
     strict = checkpoint.config.get("model_type") in PLAIN_FAMILIES
     absent: list[str] = []
     for module, pair in adapter.pairs.items():
+        if enough(faults):
+            break
         weight = checkpoint.weight_name(module)
         if weight is None:
             absent.append(module)  # or a name that transformers maps while loading
@@ -101,7 +104,7 @@ def _check_shapes(
                 where=path,
                 remedy=_OTHER_BASE,
             )
-            for module in absent
+            for module in absent[:_MOST_ABSENT]
         )
 
 
@@ -110,6 +113,8 @@ def check_base_copies(
 ) -> None:
     """PEFT would write these over the base, for every mode: they must be the base's own bytes."""
     for name, entry in adapter.base_copies.items():
+        if enough(faults):
+            break
         place = checkpoint.weight_name(name.removesuffix(".weight"))
         if place is not None:
             ours = checkpoint.entry(place)

@@ -137,17 +137,21 @@ def _claimed_base(adapter: Adapter, claim: str, revision: str | None, here: Path
         )
     source = f"{claim}@{revision}" if revision else claim
     try:
-        return locate_base(source, chosen_by, here)
+        # A name out of a foreign file fetches nothing: only what the user names does.
+        return locate_base(source, chosen_by, here, fetch=False)
     except InputError as error:
         raise InputError(
             f"base_model_name_or_path {claim!r}: {error.fault}",
             where=adapter.path / CONFIG_NAME,
-            remedy="give the base as --base-model",
+            remedy=f"give the base as --base-model, or download it first with: hf download {claim}",
         ) from error
 
 
-def locate_base(source: str, chosen_by: str, here: Path) -> Base:
+def locate_base(source: str, chosen_by: str, here: Path, *, fetch: bool = True) -> Base:
     """The base folder that *source* names: a path (relative to *here*) or a hub id.
+
+    Args:
+        fetch: a hub id that is not in the local cache may be downloaded.
 
     Raises:
         InputError: no such folder or repository.
@@ -155,11 +159,13 @@ def locate_base(source: str, chosen_by: str, here: Path) -> Base:
     path = (here / Path(source).expanduser()).resolve()
     if path.exists():
         return Base(path=path, source=source, chosen_by=chosen_by)
-    local, revision = _from_hub(source, what=chosen_by, patterns=None)
+    local, revision = _from_hub(source, what=chosen_by, patterns=None, fetch=fetch)
     return Base(path=local, source=source, chosen_by=chosen_by, revision=revision)
 
 
-def _from_hub(source: str, *, what: str, patterns: list[str] | None) -> tuple[Path, str]:
+def _from_hub(
+    source: str, *, what: str, patterns: list[str] | None, fetch: bool = True
+) -> tuple[Path, str]:
     """A local snapshot of a hub id, and its commit; the cache is asked before the network."""
     if not _HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
         near = _nearest(source)
@@ -176,7 +182,7 @@ def _from_hub(source: str, *, what: str, patterns: list[str] | None) -> tuple[Pa
     repo, _, revision = source.partition("@")
     ignore = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.py"]
     for cached_only in (True, False):
-        if not cached_only and constants.HF_HUB_OFFLINE:
+        if not cached_only and (constants.HF_HUB_OFFLINE or not fetch):
             break
         try:
             local = snapshot_download(
@@ -196,9 +202,9 @@ def _from_hub(source: str, *, what: str, patterns: list[str] | None) -> tuple[Pa
                 where=source,
                 remedy="check the id and revision, log in with: hf auth login, or give a folder",
             ) from error
+    reach = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "; the hub is out of reach"
     raise InputError(
-        "no such folder, and no such repository in the local hub cache"
-        + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "; the hub is out of reach"),
+        "no such folder, and no such repository in the local hub cache" + (reach if fetch else ""),
         where=source,
         remedy="check the spelling, or download it first with: hf download " + repo,
     )

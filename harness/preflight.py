@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.adapter_files import AdapterFiles, read_adapter
-from harness.checkpoint_claims import PLAIN_FAMILIES, check_tokenizer
+from harness.checkpoint_claims import PLAIN_FAMILIES
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
+from harness.checkpoint_tokenizer import check_tokenizer, embedding_rows
 from harness.digests import cache_folder, text_digest
 from harness.errors import InputError, combined, gathering, quoted
 from harness.stack import AdapterStack
@@ -45,13 +46,11 @@ def check_stack_files(
     stack: AdapterStack,
     *,
     trust_remote_code: bool = False,
-    generating: bool = True,
     progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """Check what the headers do not show; returns what a reader should know and is no fault.
 
     Args:
-        generating: prompts will be rendered and tokenized: tokenizer and template count.
         progress: told what is being read.
 
     Raises:
@@ -64,14 +63,17 @@ def check_stack_files(
     tell = progress or (lambda _: None)
     for adapter in stack.adapters:
         tell(f"reading {adapter.name}")
-        files = read_adapter(adapter.path, trust_remote_code=trust_remote_code)
-        notes += check_adapter_values(files, faults, untrained=adapter.name in stack.untrained)
+        with gathering(faults):
+            files = read_adapter(adapter.path, faults=faults, trust_remote_code=trust_remote_code)
+            notes += check_adapter_values(files, faults, untrained=adapter.name in stack.untrained)
     tell("reading the base")
-    checkpoint = read_checkpoint(stack.base.path)
-    check_base_values(checkpoint, faults)
-    if generating:
-        check_tokenizer(checkpoint, faults, trust_remote_code=trust_remote_code)
-        _check_templates(stack, faults)
+    rows = None
+    with gathering(faults):
+        checkpoint = read_checkpoint(stack.base.path, faults=faults)
+        rows = embedding_rows(checkpoint)
+        check_base_values(checkpoint, faults)
+    check_tokenizer(stack.base.path, rows, faults, trust_remote_code=trust_remote_code)
+    _check_templates(stack, faults)
     if stack.lock is not None:
         tell("comparing with the lock")
         with gathering(faults):

@@ -87,10 +87,12 @@ def stack_from_options(
     folder: Path | None = None,
     random_base: bool = False,
     random_ranks: Mapping[str, int] | None = None,
+    faults: list[InputError] | None = None,
 ) -> AdapterStack:
     """Resolve *options*; relative paths start from *folder* (the working directory).
 
     Args:
+        faults: as `resolve_stack` takes them.
         random_base: allow `--base-model random:…`; who measures time allows it.
         random_ranks: as `random_stack` takes them.
 
@@ -119,7 +121,7 @@ def stack_from_options(
                 remedy="give --stack, or --base-model and adapters",
             )
         file = Path(options.stack_file) if options.stack_file else embedded_stack_file()
-        stack = _declared_stack(here / file, modes, options.trust_remote_code)
+        stack = _declared_stack(here / file, modes, options.trust_remote_code, faults)
         beside = (here / file).parent
     else:
         stack = resolve_stack(
@@ -128,6 +130,7 @@ def stack_from_options(
             modes=modes or None,
             folder=here,
             trust_remote_code=options.trust_remote_code,
+            faults=faults,
         )
         beside = here
     return replace(stack, lock=_lock(options.lock_file, beside, here))
@@ -190,7 +193,9 @@ def _named_adapters(options: StackOptions) -> dict[str, str]:
     return adapters
 
 
-def _declared_stack(file: Path, modes: Sequence[str], trust_remote_code: bool) -> AdapterStack:
+def _declared_stack(
+    file: Path, modes: Sequence[str], trust_remote_code: bool, faults: list[InputError] | None
+) -> AdapterStack:
     """A stack from its TOML declaration; paths in it are relative to the file."""
     declared = read_toml(
         file, what="the stack's declaration", remedy="see docs/stack-file.md for its form"
@@ -215,6 +220,7 @@ def _declared_stack(file: Path, modes: Sequence[str], trust_remote_code: bool) -
         name=_text(declared, "name", file) or file.stem,
         base_option=f"base in {file.name}",
         trust_remote_code=trust_remote_code,
+        faults=faults,
     )
     stops = _stops(declared.get("stops", {}), stack, file)
     return replace(
@@ -338,6 +344,7 @@ def resolve_stack(
     name: str | None = None,
     base_option: str = "--base-model",
     trust_remote_code: bool = False,
+    faults: list[InputError] | None = None,
 ) -> AdapterStack:
     """Look up a base and named adapters, check their files, and decide the modes.
 
@@ -347,6 +354,7 @@ def resolve_stack(
         modes: mode expressions (`harness.stack.parse_modes`); None for the default modes.
         folder: where relative paths start; the working directory if None.
         trust_remote_code: let through files by which loaders run code.
+        faults: where every folder was found, faults in them are added here instead of raised.
 
     Raises:
         InputError: a folder or hub id that cannot be had, a broken folder, a name that cannot be
@@ -361,25 +369,27 @@ def resolve_stack(
             remedy="measure it with lora-stack bench or pytest -m latency; give a checkpoint here",
         )
     found = locate_adapters(adapters or {}, folder=here)
-    faults: list[InputError] = []
+    told: list[InputError] = []
     files: dict[str, AdapterFiles] = {}
     for adapter in found:
-        with gathering(faults):
+        with gathering(told):
             files[adapter.name] = read_adapter(adapter.path, trust_remote_code=trust_remote_code)
-            faults += _not_additive(files[adapter.name])
-    check_adapters_together(found, files, faults)
-    if faults and base_model is None:
-        raise combined(faults)  # whose base to look at is said by what is broken
+            told += _not_additive(files[adapter.name])
+    check_adapters_together(found, files, told)
+    if told and base_model is None:
+        raise combined(told)  # whose base to look at is said by what is broken
     base: Base | None = None
-    with gathering(faults):
+    with gathering(told):
         base = choose_base(base_model, base_option, found, files, here)
         checkpoint = read_checkpoint(base.path)
-        check_claims(checkpoint, faults, trust_remote_code=trust_remote_code)
+        check_claims(checkpoint, told, trust_remote_code=trust_remote_code)
         for adapter in found:
             if adapter.name in files:
-                check_adapter_on_base(adapter, files[adapter.name], checkpoint, base, faults)
-    if faults or base is None:
-        raise combined(faults)
+                check_adapter_on_base(adapter, files[adapter.name], checkpoint, base, told)
+    if base is None or (told and faults is None):
+        raise combined(told)
+    if faults is not None:
+        faults += told
     names = [adapter.name for adapter in found]
     chosen: tuple[Mode, ...] = default_modes(names) if modes is None else parse_modes(modes, names)
     return AdapterStack(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import tomli_w
-from syrupy.data import SnapshotCollection, SnapshotCollections
+from syrupy.data import SnapshotCollections
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from harness.completion import Completion, GenerationSettings, StopReason
@@ -393,9 +393,6 @@ class SnapshotExtension(SingleFileSnapshotExtension):
 
     def discover_snapshots(self, **_: Any) -> SnapshotCollections:
         return SnapshotCollections()
-
-    def read_snapshot_collection(self, *, snapshot_location: str) -> SnapshotCollection:
-        return SnapshotCollection(location=snapshot_location)
 
 
 def snapshot_extension(

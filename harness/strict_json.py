@@ -11,7 +11,6 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,29 +151,21 @@ def _place(text: str, position: int) -> str:
 
 def _place_of(text: str, literal: str) -> str:
     """Where a bare *literal* stands; the first of its kind is the one that was refused."""
-    for token in _TOKEN.finditer(text):
-        if token[0] == literal:
-            return _place(text, token.start())
-    return "somewhere"
+    tokens = _TOKEN.finditer(text)
+    return _place(text, next(t.start() for t in tokens if t[0].startswith(literal)))
 
 
 def _first_duplicate(text: str) -> tuple[str, str]:
-    """The first key that an object of *text* (valid JSON) has twice, and the place of its second.
+    """The first key that an object of *text* has twice, and the place of its second; *text* is
+    JSON up to there.
 
     `json` tells its hook the pairs but not where they stand, so the text is read once more.
     """
-    for key, seen, position in _keys(text):
-        if key in seen:
-            return key, _place(text, position)
-        seen.add(key)
-    return "?", "somewhere"
-
-
-def _keys(text: str) -> Iterator[tuple[str, set[str], int]]:
-    """Every key, the keys that its object has had before it, and where it stands."""
-    objects: list[set[str] | None] = []
+    tokens = _TOKEN.finditer(text)
+    objects: list[set[str] | None] = []  # the keys that each open object has had; None for a list
     before = ""
-    for token in _TOKEN.finditer(text):
+    while True:
+        token = next(tokens)
         word = token[0]
         if word == "{":
             objects.append(set())
@@ -183,7 +174,10 @@ def _keys(text: str) -> Iterator[tuple[str, set[str], int]]:
         elif word in "}]":
             objects.pop()
         elif word[0] == '"' and before in ("{", ",") and (seen := objects[-1]) is not None:
-            yield json.loads(word), seen, token.start()
+            key = json.loads(word)
+            if key in seen:
+                return key, _place(text, token.start())
+            seen.add(key)
         before = word
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputError, combined, gathering, quoted
+from harness.errors import InputError, combined, enough, gathering, quoted
 from harness.file_kinds import foreign_format, regular_file
 from harness.strict_json import MAX_JSON_BYTES, parse_json_object
 
@@ -49,6 +49,7 @@ _BLOCK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = MAX_JSON_BYTES  # a tenth of the reference's limit; 100,000 tensors fit
 _MAX_DIMENSIONS = 16
 _MAX_SIZE = 1 << 48
+_LONGEST_NAME, _MOST_PARTS = 500, 32  # what bounds the work with names: the longest in use have 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +173,8 @@ def read_tensor_file(
     data_start = 8 + length
     entries = []
     for name, value in header.items():
+        if enough(found):
+            break
         with gathering(found):
             entries.append(_entry(name, value, data_start, path))
     if not found:  # a tensor left out would look like a hole
@@ -222,6 +225,8 @@ def _entry(name: str, value: Any, data_start: int, path: Path) -> TensorEntry:
             f"tensor {quoted(name)}: {fault}", where=path, remedy="save the file again"
         )
 
+    if len(name) > _LONGEST_NAME or name.count(".") >= _MOST_PARTS:
+        raise refuse(f"its name has more than {_LONGEST_NAME} characters, or {_MOST_PARTS} parts")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise refuse("its header entry is not {dtype, shape, data_offsets}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -269,6 +274,8 @@ def _check_ranges(
     position = data_start
     whole = []
     for entry in entries:
+        if enough(found) or enough(beyond or ()):
+            break
         name = f"tensor {quoted(entry.name)}"
         if entry.end > size:
             text = f"{name}: ends at byte {entry.end}, the file has {size}"

@@ -8,7 +8,7 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,8 @@ class ValueRange:
         return self.largest == 0
 
 
-def value_ranges(file: TensorFile, names: Iterable[str] | None = None) -> Iterator[ValueRange]:
-    """The range of each floating tensor called in *names* (all by default), in the file's order.
+def value_ranges(file: TensorFile) -> Iterator[ValueRange]:
+    """The range of each floating tensor, in the file's order.
 
     Reads in blocks of 4 MiB; integer tensors and empty ones are passed over.
 
@@ -59,13 +59,10 @@ def value_ranges(file: TensorFile, names: Iterable[str] | None = None) -> Iterat
     """
     import numpy as np
 
-    wanted = None if names is None else set(names)
     buffer = np.empty(_BLOCK_BYTES, np.uint8)
     with file.path.open("rb") as source:
-        for name, entry in file.entries.items():
-            if entry.dtype not in _BITS or not entry.count:
-                continue
-            if wanted is None or name in wanted:
+        for entry in file.entries.values():
+            if entry.dtype in _BITS and entry.count:
                 yield _range(source, entry, buffer, np)
 
 

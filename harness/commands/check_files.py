@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from harness.errors import InputError
     from harness.verdict import Verdict
 
+_MOST_LINES = 100  # on a terminal
+
 SUMMARY = "check every file of a stack, or single folders, before anything loads them"
 
 
@@ -68,18 +70,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_stack(arguments: argparse.Namespace) -> tuple[list[InputError], tuple[str, ...]]:
-    from harness.errors import InputError
+    from harness.errors import combined, gathering
     from harness.preflight import check_stack_files
     from harness.resolve import stack_from_options
 
     options = stack_options_of(arguments)
-    try:
-        stack = stack_from_options(options)
+    faults: list[InputError] = []
+    notes: tuple[str, ...] = ()
+    with gathering(faults):
+        stack = stack_from_options(options, faults=faults)
         if not options.named:
             errors().print("no stack was named: this is the embedded tiny trained one")
         notes = check_stack_files(stack, trust_remote_code=options.trust_remote_code)
-    except InputError as error:
-        return list(error.faults), ()
+    if faults:
+        return list(combined(faults).faults), ()
     held = () if stack.lock is None else (f"as {stack.lock} says",)
     parts = ", ".join([f"base {stack.base.source}", *(a.name for a in stack.adapters)])
     return [], (f"sound: {parts}", *held, *notes)
@@ -90,9 +94,10 @@ def _check_folder(
 ) -> tuple[list[InputError], tuple[str, ...]]:
     from harness.adapter_config import CONFIG_NAME
     from harness.adapter_files import read_adapter
-    from harness.checkpoint_claims import check_claims, check_tokenizer
+    from harness.checkpoint_claims import check_claims
     from harness.checkpoint_files import INDEX_NAME, SINGLE_NAME, read_checkpoint
-    from harness.errors import InputError
+    from harness.checkpoint_tokenizer import check_tokenizer, embedding_rows
+    from harness.errors import combined, gathering
     from harness.file_kinds import is_there
     from harness.preflight import check_adapter_values, check_base_values
     from harness.template_probe import check_template, template_of
@@ -100,28 +105,30 @@ def _check_folder(
     faults: list[InputError] = []
     notes: list[str] = []
     a_base = any(is_there(folder / name) for name in ("config.json", SINGLE_NAME, INDEX_NAME))
-    try:
-        if a_base and not (is_there(folder / CONFIG_NAME) and not is_there(folder / "config.json")):
-            checkpoint = read_checkpoint(folder)
-            check_claims(checkpoint, faults, trust_remote_code=trust_remote_code)
-            check_tokenizer(checkpoint, faults, trust_remote_code=trust_remote_code)
+    if a_base and not (is_there(folder / CONFIG_NAME) and not is_there(folder / "config.json")):
+        rows = None
+        with gathering(faults):
+            checkpoint = read_checkpoint(folder, faults=faults)
+            rows = embedding_rows(checkpoint)
+            if not faults:  # what is missing was told of
+                check_claims(checkpoint, faults, trust_remote_code=trust_remote_code)
             check_base_values(checkpoint, faults)
-            template = template_of(folder, faults)
-            if template is not None:
-                check_template(*template, faults)
             layers = len(checkpoint.places)
             notes.append(f"sound: a base of {layers} tensors in {len(checkpoint.shards)} files")
-        else:
-            files = read_adapter(folder, trust_remote_code=trust_remote_code)
+        check_tokenizer(folder, rows, faults, trust_remote_code=trust_remote_code)
+        template = template_of(folder, faults)
+        if template is not None:
+            check_template(*template, faults)
+    else:
+        with gathering(faults):
+            files = read_adapter(folder, faults=faults, trust_remote_code=trust_remote_code)
             zero = check_adapter_values(files, faults)
             notes.append(
                 f"sound: an adapter of rank {files.config.rank} on {len(files.pairs)} modules, "
                 f"{files.parameters:,} parameters"
             )
             notes += [*zero, *(f"not additive: {why}" for why in files.config.not_additive)]
-    except InputError as error:
-        faults += error.faults
-    return faults, tuple(notes)
+    return (list(combined(faults).faults) if faults else []), tuple(notes)
 
 
 def _print(verdicts: list[Verdict]) -> None:
@@ -130,5 +137,9 @@ def _print(verdicts: list[Verdict]) -> None:
             for line in verdict.evidence:
                 console().print(shown(f"{verdict.name}: {line}"), soft_wrap=True)
             continue
-        for line in verdict.evidence:
+        for line in verdict.evidence[:_MOST_LINES]:
             print(f"error: {shown(line)}", file=sys.stderr)
+        if len(verdict.evidence) > _MOST_LINES:
+            more = len(verdict.evidence) - _MOST_LINES
+            print(f"error: {shown(verdict.name)}: and {more} more faults → --json tells all",
+                  file=sys.stderr)  # fmt: skip

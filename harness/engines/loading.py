@@ -22,8 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from harness.adapter_files import AdapterFiles
 from harness.checkpoint_files import CheckpointFiles
-from harness.errors import HarnessError, InputError
+from harness.errors import HarnessError, InputError, quoted
 from harness.stack import Adapter, AdapterStack
+from harness.strict_json import read_json_object
 
 __all__ = [
     "ActivationError",
@@ -158,6 +159,7 @@ def load_tokenizer(stack: AdapterStack, *, trust_remote_code: bool) -> tuple[Any
             local_files_only=True,
             padding_side="left",
         )
+    _compare_tokenizer(tokenizer, base / "tokenizer.json")
     if tokenizer.chat_template is not None:
         return tokenizer, "the base's"
     for adapter in reversed(stack.adapters):
@@ -166,6 +168,24 @@ def load_tokenizer(stack: AdapterStack, *, trust_remote_code: bool) -> tuple[Any
             tokenizer.chat_template = file.read_text(encoding="utf-8")
             return tokenizer, f"{adapter.name}'s"
     return tokenizer, "none"
+
+
+def _compare_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Every token of `tokenizer.json` has its id in memory: the files beside it can move ids."""
+    if not path.is_file():
+        return
+    raw = read_json_object(path, what=path.name, limit=path.stat().st_size)
+    vocabulary = raw["model"]["vocab"]
+    stored = {token["content"]: token["id"] for token in raw.get("added_tokens") or ()}
+    stored |= vocabulary if isinstance(vocabulary, dict) else {}
+    held = tokenizer.get_vocab()
+    for token, number in stored.items():
+        if held.get(token) != number:
+            raise InputError(
+                f"{quoted(token)} has the id {number}, in memory {held.get(token)}",
+                where=path,
+                remedy="copy the tokenizer that belongs to this base",
+            )
 
 
 def load_adapters(

@@ -1,10 +1,14 @@
 """Adapter folders: what is read is what PEFT has, and every fault is named."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from harness.adapter_config import natural_order
+from harness.adapter_config import checkpoints_inside, natural_order, read_adapter_config
 from harness.adapter_files import adapter_digest, read_adapter
 from harness.errors import InputError
 from harness.testing import cases
@@ -43,10 +47,10 @@ def test_every_plain_lora_configuration_has_pefts_deltas(options, tiny, tmp_path
 
 
 def test_natural_order_puts_layer_2_before_layer_10():
-    assert sorted(["layers.10.x", "layers.2.x"], key=natural_order) == [
-        "layers.2.x",
-        "layers.10.x",
-    ]
+    names = ["layers.10.x", "layers.2.x", "layers.02.x", "a", "10", "9", f"x.{'9' * 5000}", "0²0"]
+    assert sorted(names, key=natural_order) == [
+        "0²0", "9", "10", "a", "layers.2.x", "layers.02.x", "layers.10.x", f"x.{'9' * 5000}",
+    ]  # fmt: skip
 
 
 def test_digest_follows_the_contents(adapter_copy, tiny):
@@ -162,3 +166,81 @@ def test_checkpoint_inside_is_named(adapter_copy, tmp_path):
     adapter_copy("run/checkpoint-531")
     with pytest.raises(InputError, match="checkpoint-531"):
         read_adapter(tmp_path / "run")
+
+
+MODULES = (
+    "lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
+    "model.layers.11.mlp.up_proj", "layers.1.mlp.up_proj", "model.layers.1.mlp.experts.0.up_proj",
+    "transformer.h.1.attn.q_proj", "q_proj", "1.q_proj", "vision.blocks.1.layers.0.q_proj",
+)  # fmt: skip
+NAMES = st.lists(st.sampled_from(["q_proj", "up_proj", "attn.q_proj", "lm_head", "1"]), max_size=3,
+                 unique=True)  # fmt: skip
+PATTERNS = st.sampled_from([r".*\.q_proj", r"model\.layers\.\d+\.mlp\..*", "q_proj", r".*", r"x"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    targets=NAMES.filter(bool) | PATTERNS,
+    excluded=st.none() | NAMES | PATTERNS,
+    layers=st.none() | st.integers(0, 2) | st.lists(st.integers(0, 2), max_size=2),
+    pattern=st.none() | st.sampled_from(["layers", "h", "blocks", ["h", "layers"], [], "x"]),
+)
+def test_modules_are_targeted_as_peft_targets_them(
+    adapter_copy, targets, excluded, layers, pattern
+):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    plain = isinstance(targets, str)
+    options = {
+        "target_modules": targets, "exclude_modules": excluded,
+        "layers_to_transform": None if plain else layers,
+        "layers_pattern": None if plain or layers is None else pattern,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **options}
+        (Path(scratch) / "adapter_config.json").write_text(json.dumps(raw))
+        ours = read_adapter_config(Path(scratch))
+    theirs = LoraConfig(**options)
+    for module in MODULES:
+        assert ours.targets(module) == bool(check_target_module_exists(theirs, module)), module
+
+
+def test_words_that_do_not_decide_are_left_open(adapter_copy):
+    for options in ({"target_modules": "All-Linear"}, {"target_parameters": ["mlp.experts.down"]}):
+        config = read_adapter_config(
+            adapter_copy(**options, name=f"a{len(options)}{next(iter(options))}")
+        )
+        assert config.targets("model.layers.0.self_attn.q_proj") is None
+
+
+def test_parameters_of_one_module_share_its_rank(adapter_copy):
+    """The file holds one pair for a fused module: which parameter's rank it has must not matter."""
+    fused = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    alike = read_adapter_config(adapter_copy("alike", **fused, rank_pattern={"experts": 2}))
+    mixed = read_adapter_config(adapter_copy("mixed", **fused, rank_pattern={"down_proj": 2}))
+    module = "model.layers.0.mlp.experts.base_layer"
+    assert alike.rank_of(module) == 4, "the pattern names a module, and the parameters are meant"
+    assert mixed.alpha_of(module) == 8
+    with pytest.raises(InputError, match="rank_pattern differs between the parameters"):
+        mixed.rank_of(module)
+
+
+def test_a_place_that_is_no_folder_has_no_checkpoints(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert checkpoints_inside(file) == []
+    for place, complaint in ((file, "is not a folder"), (tmp_path / "gone", "no such folder"),
+                             (tmp_path / ("a" * 300), "no such folder")):  # fmt: skip
+        with pytest.raises(InputError, match=complaint):
+            read_adapter(place)
+
+
+def test_a_pair_tells_its_sizes_and_no_other_module_has_one(adapter_copy):
+    files = read_adapter(adapter_copy())
+    module, entry = next(iter(files.pairs.items()))
+    pair = files.pair(module)
+    assert (entry.rank, entry.in_features) == tuple(pair.a.shape)
+    assert (entry.out_features, entry.rank) == tuple(pair.b.shape)
+    with pytest.raises(InputError, match="adapts no module 'lm_head'"):
+        files.pair("lm_head")

@@ -89,3 +89,26 @@ def test_adapter_lying_in_the_base_folder_is_refused(copy, tiny):
     shutil.copy(tiny.adapters["style"] / "adapter_config.json", copy)
     with pytest.raises(InputError, match="transformers would apply it unasked"):
         read_checkpoint(copy)
+
+
+def test_a_tensor_that_is_not_there_is_said(copy):
+    checkpoint = read_checkpoint(copy)
+    for ask in (checkpoint.entry, checkpoint.tensor):
+        with pytest.raises(InputError, match="holds no tensor 'nope'"):
+            ask("nope")
+
+
+def test_a_checkpoint_one_folder_down_is_named(copy, tmp_path):
+    shutil.copytree(copy, tmp_path / "run" / "checkpoint-9")
+    with pytest.raises(InputError, match=r"give .*run/checkpoint-9"):
+        read_checkpoint(tmp_path / "run")
+
+
+def test_a_config_may_name_the_weights_that_are_read(copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"transformers_weights": INDEX_NAME}))
+    assert len(read_checkpoint(copy).shards) > 1
+    path.write_text(json.dumps(config | {"transformers_weights": SINGLE_NAME}))
+    with pytest.raises(InputError, match=rf"'{SINGLE_NAME}'.* instead of {INDEX_NAME}"):
+        read_checkpoint(copy)

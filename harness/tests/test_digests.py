@@ -78,6 +78,15 @@ def test_damaged_memory_is_ignored(large, monkeypatch, memory, damage):
     assert json.loads(entry.read_text())["sha256"] == sha(large)
 
 
+@pytest.mark.parametrize("digest", [3, "abc", None])
+def test_memory_of_no_digest_is_ignored(large, monkeypatch, memory, digest):
+    settle(monkeypatch)
+    file_digests([large])
+    (entry,) = memory.iterdir()
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"sha256": digest}))
+    assert file_digests([large])[large] == sha(large)
+
+
 def test_absent_file_is_named(tmp_path):
     with pytest.raises(InputError, match="gone: cannot be read"):
         file_digests([tmp_path / "gone"])

@@ -1,6 +1,7 @@
 """Evidence is small, is read back to within its steps, and its movements are told apart."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,29 @@ def test_damaged_bytes_are_a_value_error_or_other_evidence(data, seed):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ValueError):
         decode_evidence(bytes(encoded[: data.draw(st.integers(0, len(encoded)))]), produced)
+
+
+def test_every_flipped_bit_is_a_value_error_or_other_evidence():
+    evidence = random_evidence(6, vocabulary=300, seed=0, ids=uniform)
+    produced = evidence.top_ids[:, 0]
+    encoded = encode_evidence(evidence, produced)
+    refused = 0
+    for bit in range(8 * len(encoded)):
+        flipped = bytearray(encoded)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            decode_evidence(bytes(flipped), produced)
+        except ValueError:
+            refused += 1
+    assert 0 < refused < 8 * len(encoded), "some break the form, some only a figure"
+
+
+def test_a_single_candidate_is_chosen_by_any_margin():
+    evidence = random_evidence(3, vocabulary=300, seed=0, ids=uniform)
+    alone = replace(
+        evidence, top_ids=evidence.top_ids[:, :1], top_logprobs=evidence.top_logprobs[:, :1]
+    )
+    assert alone.margins.tolist() == [np.inf] * 3
 
 
 def test_figures_that_are_no_numbers_are_not_stored():

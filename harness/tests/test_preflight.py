@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from harness.cli import main
-from harness.tests.hostile.folders import A0, CONFIG, Folders
+from harness.tests.hostile.folders import A0, B0, CONFIG, INDEX, Folders
 
 
 @pytest.fixture
@@ -26,6 +26,8 @@ def commands(f):
     return {
         "run": ["run", *f.arguments],
         "verify": ["verify", *f.arguments],
+        "stopping": ["stopping", *f.arguments],
+        "bench": ["bench", *f.arguments],
         "check-files": ["check-files", *f.arguments],
         "lock": ["lock", *f.arguments],
         "merge": ["merge", "--base", str(f.base), "--adapters", style, instruct, "--output", "o"],
@@ -35,7 +37,11 @@ def commands(f):
     }
 
 
-COMMANDS = ("run", "verify", "check-files", "lock", "merge", "flatten", "analyze", "compare")
+COMMANDS = (
+    "run", "verify", "stopping", "bench", "check-files", "lock", "merge", "flatten", "analyze",
+    "compare",
+)  # fmt: skip
+LOADING = ("run", "verify", "stopping", "bench", "check-files", "merge", "flatten")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -45,7 +51,7 @@ def test_every_command_refuses_a_broken_header(folders, capsys, command):
     assert f"style/adapter_model.safetensors: tensor '{A0}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "check-files", "merge", "flatten"])
+@pytest.mark.parametrize("command", LOADING)
 def test_what_uses_an_adapter_refuses_nan_in_it(folders, capsys, command):
     folders.poke(A0, float("nan"))
     assert main(commands(folders)[command]) == 2
@@ -85,6 +91,38 @@ def test_all_faults_of_a_stack_are_told_at_once(folders, capsys):
                   "lora_alpha: -1", "num_hidden_layers: claims 7", "claims [3, 32]"):  # fmt: skip
         assert sum(words in line for line in lines) >= 1, words
     assert all(line.startswith("error: ") and "→" in line for line in lines)
+
+
+def test_what_is_in_the_tensors_is_told_beside_what_is_in_the_headers(folders, capsys):
+    """Whoever mends the headers must not find the next fault only then."""
+    folders.config(r=7)
+    folders.poke(B0, float("nan"))
+    folders.json("base/config.json", num_hidden_layers=7)
+    folders.poke("model.norm.weight", float("inf"), path=folders.model)
+    (folders.base / "tokenizer.json").unlink()
+    (folders.base / "chat_template.jinja").write_text("{% if %}")
+    words = (f"tensor '{B0}': holds NaN", "the config says 7", "num_hidden_layers: claims 7",
+             "'model.norm.weight': holds Inf", "no tokenizer", "line 1: ")  # fmt: skip
+    for arguments in (folders.arguments, [str(folders.style), str(folders.base)]):
+        assert main(["check-files", *arguments]) == 2
+        lines = capsys.readouterr().err.strip().split("\n")
+        for word in words:
+            assert sum(word in line for line in lines) >= 1, (word, arguments)
+        assert len(lines) == len(set(lines)), "each fault once"
+
+
+def test_sound_shards_are_read_though_the_index_lies(folders, capsys):
+    folders.index(lambda places: places.update(ghost=next(iter(places.values()))))
+    folders.poke("model.norm.weight", float("nan"), path=_shard_of(folders, "model.norm.weight"))
+    assert main(["check-files", *folders.arguments]) == 2
+    told = capsys.readouterr().err
+    assert "'ghost'" in told
+    assert "'model.norm.weight': holds NaN" in told
+
+
+def _shard_of(folders, name):
+    places = json.loads((folders.base / INDEX).read_text())["weight_map"]
+    return folders.base / places[name]
 
 
 def test_json_says_the_same(folders, capsys):
@@ -148,3 +186,112 @@ def test_large_base_is_read_once(folders, monkeypatch, tmp_path):
     faults = []
     preflight.check_base_values(read_checkpoint(folders.base), faults)
     assert len(faults) == 1, "a file that was written again is read again"
+
+
+def test_files_that_shrink_while_they_are_read_are_said(folders):
+    from harness import preflight
+    from harness.adapter_files import read_adapter
+    from harness.checkpoint_files import read_checkpoint
+
+    files, checkpoint, faults = read_adapter(folders.style), read_checkpoint(folders.base), []
+    for path in (folders.weights, folders.model):
+        path.write_bytes(path.read_bytes()[:-64])
+    assert preflight.check_adapter_values(files, faults) == []
+    preflight.check_base_values(checkpoint, faults)
+    assert [fault.where for fault in faults] == [str(folders.weights), str(folders.model)]
+    assert all("became shorter while it was read" in str(fault) for fault in faults)
+
+
+def test_a_base_of_another_folders_name_does_not_stop_one_that_is_given(folders):
+    """The config may name any base: what it names is looked at, and need not be there."""
+    folders.config(base_model_name_or_path=f"../{'a' * 300}")
+    assert main(["check-files", *folders.arguments]) == 0
+
+
+def test_modules_that_transformers_maps_while_loading_are_left_to_the_engine(folders):
+    """In a family whose tensors are called otherwise than its modules, a name decides nothing."""
+    folders.json("base/config.json", model_type="someone_elses")
+    folders.tensors(lambda stored: stored.update(
+        {name.replace("layers.1.", "blocks.1."): stored.pop(name) for name in list(stored)}
+    ))  # fmt: skip
+    assert main(["check-files", *folders.arguments]) == 0
+
+
+def test_a_child_that_stands_still_is_not_waited_for(folders, monkeypatch, capsys):
+    import subprocess
+
+    def stands_still(*_, **__):
+        raise subprocess.TimeoutExpired("python", 120, output=b"0\n1\n")
+
+    from harness.patterns import SLOW, pattern_fault
+
+    monkeypatch.setattr(subprocess, "run", stands_still)
+    assert pattern_fault(["(a)*", "(b)*", "(c)*"], ["x"]) == ("(b)*", SLOW)
+    assert main(["check-files", str(folders.base)]) == 2
+    assert "chat_template.jinja: chat_template: takes more than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            [{"name": "tool", "template": "x"}, {"name": "default", "template": "{% if %}"}],
+            "line 1",
+        ),
+        ([{"name": "tool", "template": "{% if %}"}], "line 1"),
+        ([], None),
+        (3, "chat_template: is no text"),
+        ("{{ 'sound' }}", None),
+    ],
+)
+def test_the_template_in_the_tokenizers_settings_is_tried(folders, capsys, template, words):
+    (folders.base / "chat_template.jinja").unlink()
+    folders.json("base/tokenizer_config.json", chat_template=template)
+    assert main(["check-files", str(folders.base)]) == (2 if words else 0)
+    assert words is None or words in capsys.readouterr().err
+
+
+def test_a_number_without_a_decimal_form_is_told_by_its_size():
+    from harness.errors import quoted
+
+    assert quoted(10**5000) == "a number of 16610 bits"
+    assert quoted([10**5000]) == "?"
+
+
+def test_a_terminal_is_told_a_hundred_faults_and_how_many_more(folders, capsys):
+    folders.config(**{f"unknown{n}": 1 for n in range(1500)})
+    assert main(["check-files", str(folders.style)]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 101
+    assert lines[-1].endswith("and 900 more faults → --json tells all")
+    assert main(["check-files", "--json", str(folders.style)]) == 2
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert len(check["evidence"]) == 1000, "of one kind in one file, no more are looked for"
+
+
+def _empty(names):
+    return {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}
+
+
+@pytest.mark.parametrize("end", ["lora_A.weight", "base_layer.weight", "weight"])
+def test_a_thousand_tensors_that_do_not_belong_are_enough(folders, capsys, end):
+    folders.header(lambda h: h | _empty(f"base_model.model.x{n}.{end}" for n in range(1500)))
+    assert main(["check-files", "--json", *folders.arguments]) == 2
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert 1000 <= len(check["evidence"]) <= 1100
+
+
+def test_what_a_base_may_say_about_itself_is_sound(folders, capsys):
+    """A quantisation with its method, and a tied head that is stored all the same."""
+
+    def tie(stored):
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+
+    folders.tensors(tie, folders.model)
+    folders.json("base/config.json", tie_word_embeddings=True)
+    assert main(["check-files", str(folders.base)]) == 0
+    folders.json("base/config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    assert main(["check-files", str(folders.base)]) == 0
+    folders.json("base/config.json", custom_generate="evil/decoding")
+    assert main(["check-files", str(folders.base)]) == 2
+    assert "custom_generate: makes loaders run code" in capsys.readouterr().err

@@ -191,6 +191,26 @@ def test_hub_id_out_of_reach_is_named(copies, monkeypatch):
         resolve_stack(adapters={"a": "somebody/some-adapter@v1"}, folder=copies)
 
 
+def test_a_base_that_only_an_adapter_names_is_not_fetched(copies, monkeypatch):
+    """What the user names may be downloaded; what a foreign file names may not."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked = []
+    real = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download",
+        lambda *a, **kw: asked.append(kw["local_files_only"]) or real(*a, **kw),
+    )  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(copies / "cache"))
+    file = copies / "style" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": "evil/huge"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"'evil/huge': no such folder.*hf download evil/huge"):
+        resolve_stack(adapters={"a": "style"}, folder=copies)
+    assert asked == [True]
+
+
 def test_cached_hub_id_is_resolved_to_its_commit(copies, monkeypatch):
     from huggingface_hub import constants
 

@@ -77,6 +77,7 @@ FORM = write_form(snapshot_of(completion(), {}))
         (FORM.replace('"eos"', '"whim"'), "malformed"),
         (FORM.replace("[tokens]", "<<<<<<< HEAD\n[tokens]"), "line 10: a merge-conflict marker"),
         (FORM[:220], "not valid TOML"),
+        (FORM.replace('prompt = "fox"', "prompt = 3"), "malformed: 3 is not a string"),
         (FORM.replace("[made_with]", "[made]"), "'made_with' is missing"),
     ],
     ids=lambda value: value if len(value) < 40 else "form",
@@ -204,3 +205,72 @@ def test_names_of_any_length_fit_into_a_file_system(tmp_path):
     assert len(names) == 5
     for name in names:
         (tmp_path / f"{name}.evidence").touch()
+
+
+def test_evidence_that_was_stored_damaged_is_said(tmp_path):
+    """The sidecar is whole and the text's own, and what it holds is no evidence."""
+    path = tmp_path / "case.toml"
+    write_pair(path, str(accepted_form()).encode(), b"no evidence")
+    found = read_stored(path)
+    assert found.snapshot is None
+    assert "case.toml: its evidence is damaged" in str(found.fault)
+
+
+def accepted_form(**changes):
+    return stored_form(snapshot_of(completion(**{"evidence": evidence(), **changes}), {}))
+
+
+@pytest.fixture
+def extension(tmp_path):
+    """syrupy's store on a folder; the judge tells what it was given."""
+    from harness.snapshot import snapshot_extension
+
+    def judge(path, accepted, fresh):
+        return () if accepted == fresh else (f"{path.name}: {accepted} is not {fresh.text}",)
+
+    return snapshot_extension(tmp_path, lambda made: snapshot_of(made, {}), judge)
+
+
+def test_only_completions_are_snapshots(extension):
+    with pytest.raises(TypeError, match="holds a Completion, not str"):
+        extension().serialize("In the wood.")
+
+
+def test_what_is_stored_matches_and_what_differs_is_told_by_the_judge(extension, tmp_path):
+    store, path = extension(), str(tmp_path / "case.toml")
+    fresh = store.serialize(completion(evidence=evidence()))
+    assert store.read_snapshot_data_from_location(snapshot_location=path) is None
+    assert list(store.diff_lines(serialized_data=fresh, snapshot_data="")) == [
+        "missing: nothing is accepted yet; now:", "In the wood.",
+    ]  # fmt: skip
+    extension.write_snapshot(snapshot_location=path, snapshots=[(fresh, path, 0)])
+    held = store.read_snapshot_data_from_location(snapshot_location=path)
+    assert store.matches(serialized_data=fresh, snapshot_data=held)
+    other = store.serialize(completion(text="In the barn."))
+    assert not store.matches(serialized_data=other, snapshot_data=held)
+    (line,) = store.diff_lines(serialized_data=other, snapshot_data=held)
+    assert line.startswith("case.toml: ")
+    assert line.endswith("is not In the barn.")
+
+
+def test_a_completion_of_nan_is_not_written(extension, tmp_path):
+    broken = evidence()
+    broken.logprobs[0] = float("nan")
+    form = extension().serialize(completion(evidence=broken))
+    with pytest.raises(InputError, match="not finite"):
+        extension.write_snapshot(
+            snapshot_location=str(tmp_path / "x.toml"), snapshots=[(form, "", 0)]
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_case_is_called_by_its_name_or_by_its_test(extension, tmp_path):
+    from types import SimpleNamespace
+
+    place = SimpleNamespace(basename="test_it", snapshot_name="test_it[stacked]")
+    assert extension.get_file_basename(test_location=place, index="preset--fox--base") == (
+        "preset--fox--base"
+    )
+    unnamed = [extension.get_file_basename(test_location=place, index=n) for n in (0, 1)]
+    assert len(set(unnamed)) == 2, "two snapshots of one test lie apart"
+    assert extension.dirname(test_location=place) == str(tmp_path / "test_it")

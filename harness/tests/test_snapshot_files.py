@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import snapshot_files
 from harness.errors import InputError
 from harness.snapshot_files import (
     Pair,
@@ -143,11 +144,17 @@ def test_a_stopped_writer_stops_no_reader_and_makes_the_next_writer_say_so(tmp_p
     assert evidence_of(read_pair(path), where=path) == b"new"
 
 
-def test_without_locks_pairs_are_written_and_read_all_the_same(tmp_path, monkeypatch):
-    def none(descriptor, how):
+def _no_locks(monkeypatch):
+    """A file system without locks, as some network ones are."""
+
+    def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_without_locks_pairs_are_written_and_read_all_the_same(tmp_path, monkeypatch):
+    _no_locks(monkeypatch)
     path = tmp_path / "case.toml"
     for text in (TEXT, b"new"):
         write_pair(path, text, text)
@@ -155,13 +162,10 @@ def test_without_locks_pairs_are_written_and_read_all_the_same(tmp_path, monkeyp
 
 
 def test_without_locks_what_stays_no_pair_is_told(tmp_path, monkeypatch):
-    def none(descriptor, how):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
     path = tmp_path / "case.toml"
     write_pair(path, TEXT, b"evidence")
     sidecar_of(path).unlink()
-    monkeypatch.setattr(fcntl, "flock", none)
+    _no_locks(monkeypatch)
     assert read_pair(path) == Pair(text=TEXT, sidecar=None)
     sidecar_of(path).write_bytes(sidecar_bytes(b"other", b"evidence"))
     with pytest.raises(InputError, match="line 1: was edited"):
@@ -209,6 +213,62 @@ def test_a_pipe_in_the_place_of_a_file_is_no_wait(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(InputError, match="is no regular file"):
         read_pair(path)
+
+
+def test_without_locks_a_mixture_is_read_again_until_its_writer_is_through(tmp_path, monkeypatch):
+    _no_locks(monkeypatch)
+    path = tmp_path / "case.toml"
+    write_pair(path, TEXT, b"old")
+    path.write_bytes(b"new")  # a writer between its two files
+    waited = []
+
+    def finish(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            sidecar_of(path).write_bytes(sidecar_bytes(b"new", b"evidence"))
+
+    monkeypatch.setattr(snapshot_files.time, "sleep", finish)
+    assert evidence_of(read_pair(path), where=path) == b"evidence"
+    assert len(waited) == 3
+
+
+def test_a_lock_that_somebody_gives_back_is_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "case.toml"
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # before there is a sidecar, the folder is held
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(snapshot_files.time, "sleep", pause)
+    write_pair(path, TEXT, b"one")
+    os.close(descriptor)
+    assert len(pauses) == 4
+    assert evidence_of(read_pair(path), where=path) == b"one"
+
+
+def test_a_pair_is_replaced_only_where_the_expected_one_lies(tmp_path):
+    path = tmp_path / "deep" / "case.toml"
+    nothing, sidecar = ("", ""), sidecar_bytes(TEXT, b"evidence")
+    assert replace_pair(path, TEXT, sidecar, expected=nothing)
+    assert evidence_of(read_pair(path), where=path) == b"evidence"
+    assert not replace_pair(path, b"new", sidecar_bytes(b"new", b""), expected=nothing)
+    assert read_pair(path).text == TEXT
+    there = tuple(hashlib.sha256(data).hexdigest() for data in (TEXT, sidecar))
+    assert replace_pair(path, b"new", sidecar_bytes(b"new", b""), expected=there)
+    assert read_pair(path).text == b"new"
+    for damaged in (b"", sidecar, sidecar_bytes(b"new", b"")[:-1]):
+        with pytest.raises(InputError, match=r"case\.evidence: is damaged, or another text's"):
+            replace_pair(path, b"new", damaged, expected=there)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        replace_pair(path, b"new", sidecar_bytes(b"new", b""), expected=there)
+    with pytest.raises(InputError, match="cannot be made: Not a directory"):
+        write_pair(sidecar_of(path) / "x" / "case.toml", TEXT, b"")
 
 
 # Every text names its evidence, so that a reader can tell a mixture. One process imports and forks.

@@ -1,6 +1,8 @@
 """safetensors files: sound ones are read exactly, broken ones are named."""
 
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import InputError
-from harness.tensor_files import read_tensor_file
+from harness.tensor_files import read_tensor_file, same_bytes
 
 
 def written(path, header, data=b"", length=None):
@@ -114,3 +116,69 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + header.ljust(length) + bytes(4))
     assert list(read_tensor_file(path, what="weights").entries) == ["a"]
+
+
+def test_tensor_that_is_not_there_is_said(tmp_path):
+    path = written(tmp_path / "x.safetensors", {"a": entry()}, bytes(4))
+    with pytest.raises(InputError, match=r"x\.safetensors: holds no tensor 'b'"):
+        read_tensor_file(path, what="weights").tensor("b")
+
+
+def test_tensor_that_begins_at_an_odd_byte_is_read(tmp_path):
+    header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (1,), (1, 5))}
+    text = json.dumps(header).encode()
+    path = written(
+        tmp_path / "x.safetensors",
+        text.ljust(len(text) + -len(text) % 8),
+        b"\7" + struct.pack("<f", 2.5),
+    )
+    assert read_tensor_file(path, what="weights").tensor("b").tolist() == [2.5]
+
+
+def test_same_bytes_are_the_same_size_and_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.tensor_files._BLOCK_BYTES", 3)
+    header = {"a": entry(), "b": entry("F32", (2,), (4, 12)), "c": entry("F32", (1,), (12, 16))}
+    path = written(tmp_path / "x.safetensors", header, b"1234" + b"12341234" + b"1235")
+    file = read_tensor_file(path, what="weights")
+    a, b, c = (file.entries[name] for name in "abc")
+    assert same_bytes(file, a, file, a)
+    assert not same_bytes(file, a, file, b), "a prefix is not the same"
+    assert not same_bytes(file, a, file, c), "the last byte counts"
+
+
+def test_weights_that_the_disk_does_not_give_are_said(tmp_path, monkeypatch):
+    path = written(tmp_path / "x.safetensors", {"a": entry()}, bytes(4))
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("pathlib.Path.open", broken)
+    with pytest.raises(InputError, match=r"x\.safetensors: cannot be read: Input/output error"):
+        read_tensor_file(path, what="weights")
+
+
+def test_path_that_no_file_can_have_is_said(tmp_path):
+    for path, complaint in (
+        (tmp_path / ("a" * 300), "cannot be looked up: File name too long"),
+        (tmp_path / "a\0b", "cannot be looked up: embedded null byte"),
+        (tmp_path / "x" / "y", "weights is missing"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            read_tensor_file(path, what="weights")
+
+
+@pytest.mark.parametrize("kind", ["overlap", "beyond", "nonsense"])
+def test_a_thousand_faults_are_enough(tmp_path, kind):
+    """A hostile header can hold a million: each costs memory, and nobody reads them."""
+    offsets = {"overlap": lambda n: (0, 4), "beyond": lambda n: (4 * n, 4 * n + 4)}
+    header = {
+        f"a{n}": 1 if kind == "nonsense" else entry(offsets=offsets[kind](n)) for n in range(1500)
+    }
+    path = written(tmp_path / "x.safetensors", header, bytes(4))
+    with pytest.raises(InputError) as caught:
+        read_tensor_file(path, what="weights")
+    assert 1000 <= len(caught.value.faults) <= 1001
+    if kind == "beyond":
+        aside = []
+        whole = read_tensor_file(path, what="weights", faults=aside)
+        assert (list(whole.entries), len(aside)) == (["a0"], 1000)

@@ -102,6 +102,14 @@ def _tokens(change: Any) -> Any:
     return build
 
 
+def _no_end(f: Folders) -> None:
+    added = json.loads((f.base / "tokenizer.json").read_text())["added_tokens"]
+    decoder = {str(t["id"]): {"content": t["content"]} for t in added[:-1]}
+    f.json(
+        "base/tokenizer_config.json", added_tokens_decoder=decoder, tokenizer_class="Qwen2Tokenizer"
+    )
+
+
 def _no_tokenizer(f: Folders) -> None:
     (f.base / "tokenizer.json").unlink()
 
@@ -148,6 +156,13 @@ ROWS: list[tuple[str, str, str, Any]] = [
      _index(lambda m: m.update({_NORM: "/etc/passwd"}))),
     ("index points at a pickle", INDEX, "a.bin", _index(lambda m: m.update({_NORM: "a.bin"}))),
     ("index points at a number", INDEX, _NORM, _index(lambda m: m.update({_NORM: 3}))),
+    ("index points at numbers", INDEX, "no file's name",
+     _index(lambda m: m.update({_NORM: 3, _GATE: 4}))),
+    ("index of 50,000 shards", "x99.safetensors", "is missing",
+     _index(lambda m: m.update({f"a{n}": f"x{n}.safetensors" for n in range(50_000)}))),
+    ("1,500 stray shards", "model-00099-of-00002.safetensors", "does not name",
+     _sharded(lambda f: [(f.base / f"model-{n:05}-of-00002.safetensors").touch()
+                         for n in range(3, 1503)])),
     ("index points at a list", INDEX, _NORM, _index(lambda m: m.update({_NORM: [_ONE]}))),
     ("index empty", INDEX, "weight_map", _index(lambda m: m.clear())),
     ("index without a map", INDEX, "weight_map",
@@ -169,6 +184,7 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("one layer claimed", "config.json", "num_hidden_layers", _config(num_hidden_layers=1)),
     ("five layers claimed", "config.json", "num_hidden_layers", _config(num_hidden_layers=5)),
     ("layers a string", "config.json", "num_hidden_layers", _config(num_hidden_layers="2")),
+    ("layers 10^9", "config.json", "1000000000 layers", _config(num_hidden_layers=10**9)),
     ("layers 10^30", "config.json", "num_hidden_layers", _config(num_hidden_layers=10**30)),
     ("layers missing", "config.json", "num_hidden_layers", _config(num_hidden_layers=...)),
     ("another width claimed", MODEL, "claims", _config(hidden_size=64)),
@@ -188,6 +204,11 @@ ROWS: list[tuple[str, str, str, Any]] = [
      _config(attn_implementation="evil/kernel")),
     ("a kernel from the hub, inside", "config.json", "_attn_implementation",
      _config(_attn_implementation={"": "evil/kernel"})),
+    ("weights under another name", "config.json", "'other.safetensors'",
+     lambda f: (shutil.copy(f.model, f.base / "other.safetensors"),
+                f.json("base/config.json", transformers_weights="other.safetensors"))),
+    ("weights of another folder", "config.json", "transformers_weights",
+     _config(transformers_weights="../style/adapter_model.safetensors")),
     ("quantised, without a method", "config.json", "quantization_config",
      _config(quantization_config={"bits": 4})),
     ("quantised by a string", "config.json", "quantization_config",
@@ -212,6 +233,22 @@ ROWS: list[tuple[str, str, str, Any]] = [
      _tokens(lambda t: t["added_tokens"][0].update(id=70000))),
     ("tokenizer ids of strings", "tokenizer.json", "no ids",
      _tokens(lambda t: t["model"]["vocab"].update(x="y"))),
+    ("a padding token without a row", "tokenizer_config.json", "'[PAD]'",
+     lambda f: f.json("base/tokenizer_config.json", pad_token="[PAD]")),
+    ("extra tokens without rows", "tokenizer_config.json", "'<two>'",
+     lambda f: f.json("base/tokenizer_config.json", extra_special_tokens={
+         "a": "<one>", "b": {"content": "<two>"}})),
+    ("decoded tokens that move the others", "tokenizer_config.json", "'<x>'",
+     lambda f: f.json("base/tokenizer_config.json", added_tokens_decoder={
+         "5": {"content": "<x>"}})),
+    ("decoded tokens without their end", "tokenizer_config.json", "'<|im_end|>'", _no_end),
+    ("added tokens that move the others", "added_tokens.json", "'<y>'",
+     lambda f: f.json("base/added_tokens.json", **{"<y>": 3})),
+    ("added tokens without rows", "added_tokens.json", "'<y>'",
+     lambda f: f.json("base/added_tokens.json", **{"<y>": 259})),
+    ("another tokenizer file", "tokenizer_config.json", "'tokenizer.5.0.0.json'",
+     lambda f: f.json("base/tokenizer_config.json",
+                      fast_tokenizer_files=["tokenizer.5.0.0.json"])),
     ("tokenizer code", "tokenizer_config.json", "auto_map",
      lambda f: f.json("base/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})),
     ("template that loops", "chat_template.jinja", "seconds", _template(_LOOP)),
@@ -224,6 +261,9 @@ ROWS: list[tuple[str, str, str, Any]] = [
      _template("{{ ''.__class__.__mro__[1].__subclasses__() }}")),
     ("template not UTF-8", "chat_template.jinja", "UTF-8",
      lambda f: f.bytes("base/chat_template.jinja", b"\xff\xfe\xff")),
+    ("a template that hides the folder's", "additional_chat_templates/default.jinja", "instead",
+     lambda f: ((f.base / "additional_chat_templates").mkdir(),
+                f.bytes("base/additional_chat_templates/default.jinja", b"x"))),
     ("template a number", "tokenizer_config.json", "chat_template",
      lambda f: ((f.base / "chat_template.jinja").unlink(missing_ok=True),
                 f.json("base/tokenizer_config.json", chat_template=3))),

@@ -231,10 +231,15 @@ def largest_difference(arguments):
     with load_engine(stack, device="cpu", dtype="float32") as engine:
         (live,) = engine.logits(ids, "stacked")
         weights = dict(reference_weights(engine.checkpoint, engine.files, stack.mode("stacked")))
+        checkpoint = engine.checkpoint
     # torch multiplies grouped experts in float32 at most; there the weights are rounded once.
-    experts = engine.checkpoint.config["model_type"].endswith("moe")
+    experts = checkpoint.config["model_type"].endswith("moe")
     dtype = torch.float32 if experts else torch.float64
     model = AutoModelForCausalLM.from_pretrained(stack.base.path, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if not experts:  # whose tensors are stored one by one
+            stored = checkpoint.tensor(checkpoint.stored_name(name))
+            assert torch.equal(parameter, stored.to(dtype)), f"{name} is not the file's"
     modules = dict(model.named_modules())
     for name, weight in weights.items():
         modules[name].weight = torch.nn.Parameter(weight.to(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -161,6 +162,12 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("offsets negative", WHOLE, A0, _entry({"data_offsets": [-512, 0]})),
     ("offsets of floats", WHOLE, A0, _entry({"data_offsets": [0.0, 512.0]})),
     ("entry with one more key", WHOLE, A0, _entry({"extra": 1})),
+    ("100,000 entries of nothing", WHOLE, "'a99'",
+     _header_bytes(lambda _: json.dumps({f"a{n}": 1 for n in range(100_000)}).encode())),
+    ("a name of 600 characters", WHOLE, "more than 500 characters",
+     lambda f: f.header(lambda h: h.update({"n" * 600: h.pop(A0)}))),
+    ("a name of 40 parts", WHOLE, "32 parts",
+     lambda f: f.header(lambda h: h.update({"n." * 40: h.pop(A0)}))),
     ("entry a number", WHOLE, A0, lambda f: f.header(lambda h: h.update({A0: 3}))),
     ("ranges swapped", WHOLE, "needs", lambda f: f.header(_swap_ranges)),
     ("overlap", WHOLE, "overlaps", _shift(-64)),
