@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _complain(str(error), _USAGE_ERROR)
     except KeyboardInterrupt as error:
-        return _complain("interrupted", exit_code(error))
+        # What was at work notes on the interrupt how far it came.
+        return _complain("; ".join(["interrupted", *_notes(error)]), exit_code(error))
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,6 +101,10 @@ def _of_the_machine(error: Exception) -> str | None:
 
     fault = device_fault(error)
     return None if fault is None else f"{fault.said} → {fault.remedy}"
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", ()))
 
 
 def _complain(message: str, code: int) -> int:

@@ -120,20 +120,25 @@ def interleaved(
     compiled = [cell for cell in possible if cell.decoding == Decoding.COMPILED]
     visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
     in_turn = [cell for cell in possible if cell not in compiled]
-    for number in range(rounds + 1):
+    try:
+        for number in range(rounds + 1):
 
-        def report(part: float, number: int = number) -> None:
-            if progress is not None:
-                progress((number + part) / (rounds + 1))
+            def report(part: float, number: int = number) -> None:
+                if progress is not None:
+                    progress((number + part) / (rounds + 1))
 
-        found = visit_all(
-            measurer, in_turn, seed=seed + number, repeats=repeats, warming=number == 0,
-            progress=report,
-        )  # fmt: skip
-        for key, visit in found.items():
-            visits[key].append(visit)
-    for cell in compiled:
-        visits[cell.key] = _compiled(measurer, cell, rounds)
+            found = visit_all(
+                measurer, in_turn, seed=seed + number, repeats=repeats, warming=number == 0,
+                progress=report,
+            )  # fmt: skip
+            for key, visit in found.items():
+                visits[key].append(visit)
+        for cell in compiled:
+            visits[cell.key] = _compiled(measurer, cell, rounds)
+    except KeyboardInterrupt as error:
+        done = sum(map(len, visits.values()))
+        error.add_note(f"{done} of {rounds * len(possible)} rounds of cells were measured")
+        raise
     return [collected(measurer, cell, visits[cell.key]) for cell in possible], skipped
 
 

@@ -118,9 +118,13 @@ def _generate(
     chosen = [case.stack.mode(m) if isinstance(m, str) else m for m in modes or case.stack.modes]
     for mode in chosen:
         case.modes[mode.name] = mode
-        case.said[mode.name] = case.engine.generate(
-            prompts, mode, settings, application=case.application, progress=case.progress
-        )
+        try:
+            case.said[mode.name] = case.engine.generate(
+                prompts, mode, settings, application=case.application, progress=case.progress
+            )
+        except KeyboardInterrupt as error:
+            error.add_note(f"{len(case.said)} of {len(chosen)} modes were generated")
+            raise
         case.generated += len(prompts)
 
 

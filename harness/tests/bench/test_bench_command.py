@@ -147,3 +147,21 @@ def test_a_side_that_ends_is_an_input_error(base, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lora-stack", *words])
     assert main(words) == 2
     assert "the old side: gave no answer" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_told_with_how_far_it_came(base, monkeypatch, capsys, tmp_path):
+    from harness.bench import visiting
+
+    given, rounds = visiting.visit_all, []
+
+    def interrupted(*rest, **named):
+        if len(rounds) == 3:  # one to warm up, two that count
+            raise KeyboardInterrupt
+        rounds.append(rest)
+        return given(*rest, **named)
+
+    monkeypatch.setattr(visiting, "visit_all", interrupted)
+    assert main([*base, "--rounds", "5", "--output", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().err
+    assert said.endswith("error: interrupted; 8 of 20 rounds of cells were measured\n")
+    assert not (tmp_path / "out").exists()

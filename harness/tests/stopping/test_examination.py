@@ -1,6 +1,7 @@
 """The examination: what it costs, what it leaves behind, and what its figures are."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -201,3 +202,25 @@ def test_engine_without_prompts_is_refused(embedded_engine):
         stopping.examine_stopping(embedded_engine)
     with pytest.raises(InputError, match="neither an engine"):
         stopping.examine_stopping([GenerationSettings()])
+
+
+def test_an_interrupt_is_told_with_how_far_it_came(embedded_engine, monkeypatch, capsys, tmp_path):
+    import harness.engines
+    from harness.cli import main
+
+    given, generated = embedded_engine.generate, []
+
+    def interrupted(prompts, mode, *rest, **named):
+        if len(generated) == 2:
+            raise KeyboardInterrupt
+        generated.append(mode)
+        return given(prompts[:1], mode, *rest, **named)
+
+    monkeypatch.setattr(embedded_engine, "generate", interrupted)
+    monkeypatch.setattr(
+        harness.engines, "load_engine", lambda *_, **__: nullcontext(embedded_engine)
+    )
+    assert main(["stopping", "--output", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().err
+    assert said.endswith("error: interrupted; 2 of 4 modes were generated\n")
+    assert not (tmp_path / "out").exists()
