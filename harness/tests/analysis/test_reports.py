@@ -64,6 +64,27 @@ def test_a_comparison_draws_its_plots_titled_with_the_names(tmp_path: Path) -> N
         assert plot.svg.startswith("<?xml")
 
 
+def _names(value: Any) -> set[str]:
+    """Every key of *value*, but those that are names of adapters or numbers."""
+    if isinstance(value, list):
+        return set().union(*map(_names, value))
+    if not isinstance(value, dict):
+        return set()
+    inner = [_names(item) for key, item in value.items() if key != "retained"]
+    return {key for key in value if not key.isdecimal()}.union(*inner)
+
+
+def test_every_key_of_the_analysis_is_on_its_page(tmp_path: Path) -> None:
+    from harness.analysis import compare_lora_adapters
+
+    paths = [layered_adapter(tmp_path / n, seed=i) for i, n in enumerate(("style", "instruct"))]
+    compare_lora_adapters(paths, output_dir=tmp_path / "out")
+    names = _names(_strict((tmp_path / "out/analysis.json").read_text()))
+    page = (Path(__file__).parents[3] / "docs" / "analysis.md").read_text(encoding="utf-8")
+    assert len(names) > 60
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
 def test_plots_of_the_same_figures_are_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from harness.analysis.running import analyze, draw
