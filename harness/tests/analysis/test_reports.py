@@ -85,6 +85,7 @@ def test_every_key_of_the_analysis_is_on_its_page(tmp_path: Path) -> None:
     assert not {name for name in names if f"`{name}`" not in page}
 
 
+@pytest.mark.slow
 def test_plots_of_the_same_figures_are_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from harness.analysis.running import analyze, draw

@@ -179,6 +179,7 @@ def test_without_a_copy_in_the_kernel_the_bytes_are_the_same(tiny, tmp_path, mon
     assert digests(tmp_path / "kernel") == digests(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     import tracemalloc
 

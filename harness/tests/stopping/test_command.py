@@ -21,6 +21,7 @@ def run(capsys, monkeypatch, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_held_out_prompts_prove_the_embedded_declaration(run):
     code, out, err = run("--json")
     report = json.loads(out)

@@ -58,6 +58,7 @@ def test_eos_list_without_the_end_of_turn(stack_copy, examine):
     assert figures.longest_overrun > 20
 
 
+@pytest.mark.slow
 def test_tokenizer_whose_eos_is_another(stack_copy, examine):
     stack_copy.change("base/tokenizer_config.json", eos_token="<|im_start|>")
     report = examine(stack_copy)
@@ -65,6 +66,7 @@ def test_tokenizer_whose_eos_is_another(stack_copy, examine):
     assert "the tokenizer's EOS is '<|im_start|>' (638)" in report.causes[0].text
 
 
+@pytest.mark.slow
 def test_style_weight_three_times(stack_copy, examine):
     stack_copy.change("style/adapter_config.json", lora_alpha=48)
     report = examine(stack_copy, prompts=40)
@@ -85,6 +87,7 @@ def test_inactive_instruct(stack_copy, examine):
     assert [(c.kind, c.adapter) for c in report.causes] == [(CauseKind.INACTIVE, "instruct")]
 
 
+@pytest.mark.slow
 def test_too_few_new_tokens_decide_nothing(stack_copy, examine):
     report = examine(stack_copy, max_new_tokens=4)
     assert kinds(report) == [CauseKind.MAX_NEW_TOKENS]
@@ -95,6 +98,7 @@ def test_too_few_new_tokens_decide_nothing(stack_copy, examine):
     assert report.verdicts[0].outcome is Outcome.UNDECIDED
 
 
+@pytest.mark.slow
 def test_looping_adapter(stack_copy, examine):
     stack_copy.change("style/adapter_config.json", lora_alpha=96)
     report = examine(stack_copy)
