@@ -22,8 +22,10 @@ Array = NDArray[Any]
 #: Rows that are read, added and written at a time.
 ROWS = 128
 # A piece is summed and rounded at once. Whole rows, where they are not very long: numpy runs
-# through what lies in one stretch a third quicker than row by row. Few of them, for the cache.
+# through what lies in one stretch a third quicker than row by row. Few of them, for the cache, but
+# not fewer than need be: between two calls of numpy's the workers wait for each other.
 _HEIGHT, _PAIRS = 32, 8192
+_AREA = 1 << 17  # pairs in a piece of short rows
 # Below this many multiplications (rows · columns · rank) OpenBLAS multiplies without copying the
 # factors into buffers of its own first: a fifth quicker for factors as thin as these.
 _UNPACKED = 1_000_000
@@ -45,21 +47,27 @@ class FactoredDelta:
         # Even and odd columns apart, in pieces: a 32-bit word holds one of each.
         self.paired = dtype == "BF16" and self.columns % 2 == 0
         self.pieces: list[tuple[slice, list[tuple[slice, Array]]]] = []
+        thin = min(
+            _AREA // max(1, self.columns // 2), _UNPACKED // (4 * _STEP * max(1, len(right)))
+        )
+        self.height = max(_HEIGHT, min(ROWS, thin // _HEIGHT * _HEIGHT))
         if self.paired:
             for start in range(0, self.columns // 2, _PAIRS):
                 where = slice(start, min(start + _PAIRS, self.columns // 2))
                 self.pieces.append((where, self._products(where)))
 
     def _products(self, where: slice) -> list[tuple[slice, Array]]:
-        """The right factor's pairs *where*, `(2, rank, pairs)` for each product; the slices count
-        from *where*'s beginning."""
-        step = _UNPACKED // (_HEIGHT * max(1, self.right.shape[0])) // _STEP * _STEP or _PAIRS
+        """The right factor's pairs *where*, `(products, 2, rank, pairs)` for each run of products
+        of one size; the slices count from *where*'s beginning."""
+        rank, width = self.right.shape[0], where.stop - where.start
+        step = _UNPACKED // (self.height * max(1, rank)) // _STEP * _STEP or _PAIRS
+        whole = width // step * step
         found = []
-        for start in range(where.start, where.stop, step):
-            stop = min(start + step, where.stop)
-            part = self.right[:, 2 * start : 2 * stop]
-            inside = slice(start - where.start, stop - where.start)
-            found.append((inside, np.stack([part[:, 0::2], part[:, 1::2]])))
+        for inside, size in ((slice(0, whole), step), (slice(whole, width), width - whole)):
+            if inside.stop > inside.start:
+                first, last = where.start + inside.start, where.start + inside.stop
+                part = self.right[:, 2 * first : 2 * last].reshape(rank, -1, size, 2)
+                found.append((inside, np.ascontiguousarray(part.transpose(1, 3, 0, 2))))
         return found
 
     def block(self, rows: slice) -> Array:
@@ -125,13 +133,15 @@ def add_block(
 
 
 def _add_pairs(words: Array, delta: FactoredDelta, rows: slice, scratch: Scratch) -> None:
-    for top in range(0, len(words), _HEIGHT):
-        some = words[top : top + _HEIGHT]
+    for top in range(0, len(words), delta.height):
+        some = words[top : top + delta.height]
         left = delta.left[rows.start + top : rows.start + top + len(some)]
         for where, products in delta.pieces:
             sums, spare = scratch.buffers(len(some), where.stop - where.start)
             for inside, halves in products:
-                np.matmul(left, halves, out=sums[:, :, inside])
+                # All of them in one call: between calls the workers wait for each other.
+                out = sums[:, :, inside].reshape(2, len(some), len(halves), -1)
+                np.matmul(left, halves, out=out.transpose(2, 0, 1, 3))
             _round_pairs(some[:, where], sums, spare)
 
 
