@@ -64,9 +64,7 @@ def switches(pristine):
         def switch_all(self, off):
             layers = self.model.base_model
             layers.disable_adapter_layers() if off else layers.enable_adapter_layers()
-            self.off = off
-            if not off:  # PEFT sets every layer to what the model lists as active
-                self.odd_layer = None
+            self.off = off  # a layer keeps its own list of active adapters over it
 
         @rule(names=orders)
         def switch_one_layer(self, names):
@@ -82,12 +80,10 @@ def switches(pristine):
         def require_gradients(self, wanted):
             self.model.requires_grad_(wanted)
 
-        @rule(mode=modes)
-        def pass_by_an_exception(self, mode):
+        @rule()
+        def pass_by_an_exception(self):
             with pytest.raises(KeyboardInterrupt), self.model.disable_adapter():
                 raise KeyboardInterrupt
-            if not self.off:
-                self.odd_layer = None
 
         @rule()
         def carry_a_cache_over(self):
@@ -156,5 +152,5 @@ def test_the_certificate_tells_what_state_the_user_left_the_model_in(switched):
 @pytest.mark.slow
 def test_the_certificate_tells_what_state_long_switching_left_the_model_in(switched):
     machine, logits = switches(switched)
-    run(machine, examples=12, steps=16)
+    run(machine, examples=25, steps=16)
     assert len(logits) >= 10
