@@ -100,6 +100,7 @@ def test_quantised_base_is_refused(subject):
         subject.certify()
 
 
+@pytest.mark.slow
 def test_cat_of_rslora_adapters_is_said_to_be_overscaled(tmp_path):
     from harness.testing.tiny import AdapterSpec
     from harness.tests.certificate.subject import write_stack

@@ -152,6 +152,7 @@ def test_log_odds_are_those_of_the_softmax():
     assert torch.allclose(eos_log_odds(logits + 100, {7, 4}), expected)
 
 
+@pytest.mark.slow
 def test_samples_are_seeded_and_counted_a_prompt(embedded_engine, prompts, held_out):
     found = [
         stopping.examine_stopping(
@@ -165,6 +166,7 @@ def test_samples_are_seeded_and_counted_a_prompt(embedded_engine, prompts, held_
     assert found[0].interval.high - found[0].interval.low > 0.6  # 2 prompts, not 4 trials
 
 
+@pytest.mark.slow
 def test_sweep_finds_the_region_that_stops(embedded_engine, prompts, held_out):
     from harness.stopping.sweep import sweep_weights
 

@@ -47,6 +47,7 @@ def test_eos_id_off_by_one_beyond_the_vocabulary(stack_copy):
     assert "outside the vocabulary of 640: off by one from '<|im_end|>' (639)" in cause.text
 
 
+@pytest.mark.slow
 def test_eos_list_without_the_end_of_turn(stack_copy, examine):
     stack_copy.change(GENERATION, eos_token_id=[637])
     report = examine(stack_copy)
@@ -75,6 +76,7 @@ def test_style_weight_three_times(stack_copy, examine):
     assert report.blame["stacked"].adapters[0].effect < 0
 
 
+@pytest.mark.slow
 def test_inactive_instruct(stack_copy, examine):
     from safetensors.torch import load_file, save_file
 
