@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), _USAGE_ERROR)
     except KeyboardInterrupt as error:
         # What was at work notes on the interrupt how far it came.
-        return _complain("; ".join(["interrupted", *_notes(error)]), exit_code(error))
+        return _complain(
+            "; ".join(["interrupted", *getattr(error, "__notes__", ())]), exit_code(error)
+        )
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,10 +103,6 @@ def _of_the_machine(error: Exception) -> str | None:
 
     fault = device_fault(error)
     return None if fault is None else f"{fault.said} → {fault.remedy}"
-
-
-def _notes(error: BaseException) -> list[str]:
-    return list(getattr(error, "__notes__", ()))
 
 
 def _complain(message: str, code: int) -> int:

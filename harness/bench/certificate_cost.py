@@ -232,11 +232,14 @@ def main() -> None:
             flush=True,
         )
         for run in found["runs"].values():
-            forward, read, part, whole = run["cpu"].values()
-            both, four = forward + read, 3 * part + whole  # verify: end to end in one mode of four
+            forward, read, shorter, whole = run["cpu"].values()
+            both, four = (
+                forward + read,
+                3 * shorter + whole,
+            )  # verify: end to end in one mode of four
             print(
                 f"  {run['tokens']} tokens: {', '.join(run['verdicts'])}; of the processor time a "
-                f"forward pass and a read are {both / part:.0%} without end to end, "
+                f"forward pass and a read are {both / shorter:.0%} without end to end, "
                 f"{both / whole:.0%} of the whole, {4 * both / four:.0%} of four modes"
             )
             for part, seconds in run["wall"].items():

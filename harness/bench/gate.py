@@ -103,7 +103,7 @@ class Change:
     @property
     def p_judged(self) -> float:
         """The p-value that decides: corrected over the table where rounds are not pairs."""
-        return self.p if self.samples.paired else self.p_adjusted
+        return _judged(self.samples, self.p, self.p_adjusted)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -198,6 +198,11 @@ def _logs(values: Sequence[float]) -> np.ndarray[Any, Any]:
     return logs
 
 
+def _judged(samples: Samples, p: float, p_adjusted: float) -> float:
+    """Which of the two p-values decides: pairs need no correction over the table."""
+    return p if samples.paired else p_adjusted
+
+
 def _least_p(samples: Samples) -> float:
     """The smallest p-value that so many rounds can give, however clear the change."""
     if samples.paired:
@@ -237,7 +242,7 @@ def judge_changes(
             and abs(math.expm1(middle)) > thresholds.relative
             and abs(new_s - old_s) > thresholds.seconds(samples.metric)
         )
-        sure = (p if samples.paired else p_adjusted) <= FAMILY
+        sure = _judged(samples, p, p_adjusted) <= FAMILY
         low = high = None
         if intervals or (large and sure):
             _, low, high = log_ratio_interval(samples.old, samples.new, paired=samples.paired)

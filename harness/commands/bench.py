@@ -87,8 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     if arguments.serve:
         return _serve(arguments)
+    stack = _stack(arguments) if arguments.output and not arguments.results else None
     if arguments.output:
-        check_place(Path(arguments.output), inputs=_inputs(arguments))
+        check_place(Path(arguments.output), inputs=_inputs(stack) if stack else ())
     # Older results that cannot be read are found before anything is measured.
     history = _history(arguments.against)
     if arguments.against_command:
@@ -97,7 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
             results=results, verdicts=tuple(verdicts), changes=tuple(changes), history=(before,)
         )
     else:
-        results = _given(arguments.results) if arguments.results else _measured(arguments)
+        results = (
+            _given(arguments.results)
+            if arguments.results
+            else _measured(arguments, stack or _stack(arguments))
+        )
         verdicts, changes = _judged(history, results, _thresholds(arguments))
         report = LatencyReport(
             results=results, verdicts=tuple(verdicts), changes=tuple(changes),
@@ -113,11 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if report.outcome.passed else 1
 
 
-def _inputs(arguments: argparse.Namespace) -> list[Path]:
-    """The folders that are measured; none where only results are read."""
-    if arguments.results:
-        return []
-    stack = _stack(arguments)
+def _inputs(stack: AdapterStack) -> list[Path]:
+    """The folders that are measured; random weights have none."""
     found = [] if stack.random else [stack.base.path]
     return [*found, *(a.path for a in stack.adapters if a.random_rank is None)]
 
@@ -162,7 +164,9 @@ def _given(path: str) -> Results:
     return read_results(Path(path))
 
 
-def _loaded(arguments: argparse.Namespace, *, ceilings: bool) -> tuple[Measurer, list[Cell]]:
+def _loaded(
+    arguments: argparse.Namespace, stack: AdapterStack, *, ceilings: bool
+) -> tuple[Measurer, list[Cell]]:
     """The stack, loaded, and the cells asked for."""
     from harness.bench.cells import Lengths, cells_of
     from harness.bench.clock import synchronise
@@ -170,7 +174,6 @@ def _loaded(arguments: argparse.Namespace, *, ceilings: bool) -> tuple[Measurer,
     from harness.completion import Application
     from harness.engines import load_for_timing
 
-    stack = _stack(arguments)
     if not stack.modes:
         raise InputError("has no modes", where=stack.name)
     start = time.perf_counter()
@@ -207,17 +210,16 @@ def _stack(arguments: argparse.Namespace) -> AdapterStack:
     )
 
 
-def _measured(arguments: argparse.Namespace) -> Results:
+def _measured(arguments: argparse.Namespace, stack: AdapterStack) -> Results:
     from harness.bench.session import results_of
     from harness.bench.visiting import interleaved
 
     out = errors() if arguments.json else console()
-    stack = _stack(arguments)
     if not stack_options_of(arguments).named:
         out.print("no stack was named: this is the embedded tiny trained one")
     if stack.random:
         out.print(f"{shown(stack.base.source)}: random weights; only its times mean anything")
-    measurer, cells = _loaded(arguments, ceilings=True)
+    measurer, cells = _loaded(arguments, stack, ceilings=True)
     with measurer.engine, _progress(f"{len(cells)} cells × {arguments.rounds}") as report:
         made, skipped = interleaved(
             measurer, cells, arguments.rounds, repeats=_repeats(arguments, measurer),
@@ -237,7 +239,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from harness.bench.pairing import answers_on, serve
 
     with answers_on() as answers:
-        measurer, cells = _loaded(arguments, ceilings=True)
+        measurer, cells = _loaded(arguments, _stack(arguments), ceilings=True)
         with measurer.engine:
             serve(measurer, cells, sys.stdin, answers, repeats=_repeats(arguments, measurer))
     return 0

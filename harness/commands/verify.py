@@ -144,7 +144,9 @@ def _certify(
                         mode.name, Outcome.FAILED, fault.said, fault.remedy
                     )
                     broken_by = mode.name if fault.sticky else ""
-                if not broken_by:
+                else:
+                    continue
+                if not broken_by:  # after the error is gone, which held what the mode held
                     give_memory_back()
     except ActivationError as error:
         # The engine itself found the live model to be other than the files.
