@@ -1,4 +1,5 @@
-"""SIGTERM as an exception: what Ctrl-C does, a scheduler's `kill` does too.
+"""SIGTERM as an exception: what Ctrl-C does, a scheduler's `kill` does too; and both put off while
+what would be lost is taken in.
 
 Knows nothing of what is interrupted.
 """
@@ -6,13 +7,14 @@ Knows nothing of what is interrupted.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["INTERRUPTED", "TERMINATED", "Terminated", "exit_code", "terminable"]
+__all__ = ["INTERRUPTED", "TERMINATED", "Terminated", "exit_code", "postponed", "terminable"]
 
 #: Exit codes, as shells give them: 128 + the signal's number.
 INTERRUPTED, TERMINATED = 130, 143
@@ -45,3 +47,40 @@ def terminable() -> Iterator[None]:
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[int]:
+    """Within the block Ctrl-C and SIGTERM wait for its end: an exception between two instructions
+    would lose what one had read and the next was to keep.
+
+    Gives a descriptor that can be read from once a signal waits, for `select`: leave the block
+    soon then. A second signal does not wait. In another thread no signal arrives anyway.
+    """
+    came: list[int] = []
+    reader, writer = os.pipe()
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], object]] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) == 1:
+            os.write(writer, b"!")
+            return
+        handlers[signal.Signals(number)](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for known in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(known)
+            if callable(handler):  # else the system acts on it, as it was told to
+                handlers[known] = handler
+    try:
+        for number in handlers:
+            signal.signal(number, handle)
+        yield reader
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+        if came:
+            signal.raise_signal(came[0])

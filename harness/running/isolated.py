@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from harness.errors import HarnessError, InputError, combined
+from harness.interrupts import postponed
 from harness.running.collected import Collected, Loaded, Request
 from harness.running.messages import as_completion, as_message
 
@@ -48,11 +49,14 @@ def run_apart(
     """
     left = list(request.modes)
     while left:
-        with _child(command, arguments, left) as (process, reader):
-            watch = _Watch(
-                request=request, collected=collected, left=left, loaded=loaded, progress=progress
-            )
-            ended = watch.follow(reader, timeout)
+        watch = _Watch(
+            request=request, collected=collected, left=left, loaded=loaded, progress=progress
+        )
+        with contextlib.ExitStack() as life:
+            # What the child has told was done, and no signal loses it.
+            with postponed() as interrupt:
+                process, reader = life.enter_context(_child(command, arguments, left))
+                ended = watch.follow(reader, timeout, interrupt)
             fault = _fault(process, ended, timeout)
         if watch.is_loaded:
             if fault is not None and left:
@@ -85,40 +89,36 @@ class _Watch:
         self.is_loaded = self.did_something = False
         self._pending, self._begun = b"", 0.0
 
-    def follow(self, reader: int, timeout: float | None) -> bool:
-        """Handle messages until the child ends (True) or hangs past *timeout* (False)."""
-        try:
-            self._begun = time.monotonic()
-            while True:
-                room = None
-                if timeout is not None:
-                    room = max(0.0, self._begun + timeout - time.monotonic())
-                if not select.select([reader], [], [], room)[0]:
-                    return False
-                if not self._read(reader):
-                    return True
-        except KeyboardInterrupt:
-            # What the child has told already was done, and is not lost.
-            self._take_pending()
-            while select.select([reader], [], [], 0)[0] and self._read(reader):
-                pass
-            raise
+    def follow(self, reader: int, timeout: float | None, interrupt: int) -> bool:
+        """Handle messages until the child ends (True) or hangs past *timeout* (False).
+
+        Returns when *interrupt* can be read, after what the child has told by then.
+        """
+        self._begun = time.monotonic()
+        while True:
+            room = None
+            if timeout is not None:
+                room = max(0.0, self._begun + timeout - time.monotonic())
+            ready = select.select([reader, interrupt], [], [], room)[0]
+            if not ready:
+                return False
+            if interrupt in ready:
+                while select.select([reader], [], [], 0)[0] and self._read(reader):
+                    pass
+                return False
+            if not self._read(reader):
+                return True
 
     def _read(self, reader: int) -> bool:
         """Take the messages that are there; False when the child has closed its end."""
         data = os.read(reader, 1 << 16)
-        self._pending += data
-        self._take_pending()
-        return bool(data)
-
-    def _take_pending(self) -> None:
-        while b"\n" in self._pending:
-            line, _, rest = self._pending.partition(b"\n")
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
             message = as_message(line)
             self._take(message)
             if message["kind"] in ("loaded", "done", "failed"):
                 self._begun = time.monotonic()  # the clock of the next mode
-            self._pending = rest  # last: interrupted before, it is taken again
+        return bool(data)
 
     def _take(self, message: dict[str, object]) -> None:
         kind, mode, collected = message["kind"], str(message.get("mode", "")), self._collected

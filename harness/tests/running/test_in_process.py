@@ -1,11 +1,6 @@
 """In one process: a mode that runs out of memory is not the last; a broken device is."""
 
-import signal
-import threading
-
 import pytest
-
-from harness.interrupts import Terminated, exit_code, terminable
 
 
 @pytest.fixture
@@ -75,35 +70,6 @@ def test_after_a_broken_device_the_rest_is_said_not_to_have_run(run):
 def test_a_bug_is_not_taken_for_the_machine(run):
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(style=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
-def test_sigterm_is_an_exception_within_the_block_and_as_before_after():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated) as caught, terminable():
-        signal.raise_signal(signal.SIGTERM)
-    assert exit_code(caught.value) == 143
-    assert exit_code(KeyboardInterrupt()) == 130
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_somebody_elses_handler_and_another_thread_are_left_alone():
-    heard = []
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-    try:
-        with terminable():
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert heard == [1]
-
-    def elsewhere():
-        with terminable():
-            heard.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert heard[1] == before
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A mode that is lost is a verdict, and the others still run."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -29,12 +30,12 @@ def run(tmp_path, monkeypatch):
     """`run(script)` runs the embedded stack in scripted children; gives what came, and how many
     children it took."""
 
-    def run(script, *, timeout=30.0, **values):
+    def run(script, *, timeout=30.0, collected=None, **values):
         monkeypatch.setenv("LORA_SCRIPT", script)
         monkeypatch.setenv("LORA_CHILDREN", str(tmp_path / "children"))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         arguments = options(**values)
-        request, collected, lines = Request.of(arguments), Collected(), []
+        request, collected, lines = Request.of(arguments), collected or Collected(), []
         run_apart(
             request, arguments, collected, timeout=timeout, loaded=lines.extend, command=_COMMAND
         )
@@ -138,6 +139,24 @@ def test_what_the_child_refuses_is_refused_here(run, tmp_path, monkeypatch):
         run_apart(
             request, arguments, Collected(), timeout=None, loaded=print, command=_COMMAND
         )  # fmt: skip
+
+
+def test_an_interrupt_before_the_first_look_loses_nothing_that_was_told(run, monkeypatch):
+    from harness.running import isolated
+
+    real, collected = isolated._child, Collected()
+
+    @contextlib.contextmanager
+    def told_all(*arguments):
+        with real(*arguments) as (process, reader):
+            process.wait()
+            signal.raise_signal(signal.SIGINT)
+            yield process, reader
+
+    monkeypatch.setattr(isolated, "_child", told_all)
+    with pytest.raises(KeyboardInterrupt):
+        run("style=7:kill", collected=collected)
+    assert collected.ran == 15
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
