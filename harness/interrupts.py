@@ -82,5 +82,5 @@ def postponed() -> Iterator[int]:
             signal.signal(number, handler)
         os.close(reader)
         os.close(writer)
-        if came:
+        if len(came) == 1:
             signal.raise_signal(came[0])
