@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="fail if storing loses more than this share of ‖ΔW‖, e.g. 0.5",
     )
-    add_option(parser, "--workers", type=int, metavar="N", help="threads; default: one a core")
+    add_option(
+        parser, "--workers", type=int, metavar="N", help="threads; default: one a core, and one"
+    )
     add_option(parser, "--force", action="store_true", help="replace a non-empty output folder")
     add_option(parser, "--json", action="store_true", help="one JSON object on standard output")
 

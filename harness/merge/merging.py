@@ -83,7 +83,7 @@ def merge_lora_adapters(
         weights: one finite number an adapter, in the order given.
         dtype: `bfloat16`, `float16` or `float32` for all floating tensors; None keeps each one's.
         options: density, rank, seed … of the strategies that have them.
-        workers: threads; None for one a core.
+        workers: threads; None for one a core and one more.
         verify: `sampled` reads back rows of each merged tensor and pieces of each other one;
             `full` every byte, with SHA-256 of the weights; `none` nothing.
         max_rounding_loss: the share of ‖ΔW‖ that the storage dtype may lose, e.g. 0.5.

@@ -1,14 +1,12 @@
 """Writing a merged checkpoint shard by shard, in bounded memory, with any number of workers.
 
-Untouched ranges are copied by the kernel (`copy_file_range`, else read and write); adapted rows
-are read into one reused buffer, added and rounded in place, and written at their offset. Work is
-cut at fixed rows, so the bytes do not depend on who does it. Knows nothing of options, reports or
-how the folder gets its final name.
+Untouched ranges are copied; adapted rows are read into one reused buffer, added and rounded in
+place, and written at their offset. Work is cut at fixed rows, so the bytes do not depend on who
+does it. Knows nothing of options, reports or how the folder gets its final name.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import Counter
@@ -21,8 +19,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import HarnessError, InputError
+from harness.errors import InputError
 from harness.merge.kernel import ROWS, Scratch, add_block
+from harness.merge.outputs import OutputFile, Pen, copy_range, read_into
 from harness.merge.plan import MergePlan, OutputTensor, ShardPlan
 from harness.merge.recipe import Recipe, make_delta, splittable
 from harness.merge.storage import RAW, decode, encode
@@ -36,11 +35,7 @@ Progress = Callable[[int, int], None]
 
 _CHUNK_ROWS = 32 * ROWS
 _COPY_BYTES = 64 << 20
-_BUFFER_BYTES = 4 << 20
 _CONVERT_ENTRIES = 1 << 19
-_NO_KERNEL_COPY = frozenset(
-    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +81,9 @@ class Flusher:
 
 
 def default_workers() -> int:
-    """One a core that this process may use, at most 8 (the disk is the limit then)."""
-    return max(1, min(8, len(os.sched_getaffinity(0))))
+    """One a core that this process may use and one more, which computes while another waits for
+    the disk; at most 8 (the disk is the limit then)."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
 
 
 def write_shards(
@@ -109,24 +105,32 @@ def write_shards(
     from threadpoolctl import threadpool_limits
 
     sources: dict[Path, int] = {}
-    outputs: list[int] = []
+    outputs: list[OutputFile] = []
     stop = threading.Event()
+
+    def finished(shard: int) -> None:
+        outputs[shard].finish()
+        flusher(outputs[shard].descriptor)
+
     try:
         for shard in plan.shards:
             for tensor in shard.tensors:
                 path = tensor.source_file.path
                 if path not in sources:
                     sources[path] = os.open(path, os.O_RDONLY)
-            outputs.append(_new_file(folder / shard.name, shard))
+            outputs.append(OutputFile(folder / shard.name, shard.size))
+            outputs[-1].write_edge(memoryview(shard.head), 0)
         every = [list(_tasks(s, n, sources, recipe)) for n, s in enumerate(plan.shards)]
         tasks = _interleaved(every, workers)
         worker = _Worker(outputs, sources, recipe, stop)
         # One thread a worker: threads inside BLAS would fight them, and could cut the sums anew.
         with threadpool_limits(limits=1, user_api="blas"):
-            _run_all(tasks, worker, workers, stop, progress, lambda n: flusher(outputs[n]))
+            _run_all(tasks, worker, workers, stop, progress, finished)
     finally:
-        for descriptor in (*sources.values(), *outputs):
+        for descriptor in sources.values():
             os.close(descriptor)
+        for output in outputs:
+            output.close()
 
 
 def _run_all(
@@ -159,22 +163,6 @@ def _run_all(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _new_file(path: Path, shard: ShardPlan) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            os.posix_fallocate(descriptor, 0, shard.size)  # a full disk shows here, not at the end
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-            os.ftruncate(descriptor, shard.size)
-        _write(descriptor, memoryview(shard.head), 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _interleaved(shards: Sequence[Sequence[_Task]], workers: int) -> list[_Task]:
@@ -236,19 +224,21 @@ class _Worker(threading.local):
 
     def __init__(
         self,
-        outputs: Sequence[int],
+        outputs: Sequence[OutputFile],
         sources: dict[Path, int],
         recipe: Recipe,
         stop: threading.Event,
     ) -> None:
         self.outputs, self.sources, self.recipe, self.stop = outputs, sources, recipe, stop
         self.scratch = Scratch()
-        self.buffer = bytearray()
+        self.pen = Pen()
 
     def __call__(self, task: _Task) -> None:
         try:
+            self._go_on()
             if task.copy is not None:
-                self._copy(self.outputs[task.shard], *task.copy)
+                source, start, target, size = task.copy
+                copy_range(self.outputs[task.shard], target, source, start, size, self.pen)
             elif task.tensor is not None and task.tensor.terms:
                 self._merge(self.outputs[task.shard], task.tensor, task.rows)
             elif task.tensor is not None and task.tensor.scale is not None:
@@ -265,28 +255,7 @@ class _Worker(threading.local):
         if self.stop.is_set():
             raise _Cancelled
 
-    def _space(self, size: int) -> memoryview:
-        if len(self.buffer) < size:
-            self.buffer = bytearray(size)
-        return memoryview(self.buffer)[:size]
-
-    def _copy(self, output: int, source: int, start: int, target: int, size: int) -> None:
-        while size:
-            self._go_on()
-            try:
-                count = os.copy_file_range(source, output, size, start, target)
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-                space = self._space(min(size, _BUFFER_BYTES))
-                _read(source, space, start)
-                _write(output, space, target)
-                count = len(space)
-            if count == 0:
-                raise HarnessError("the base became shorter while it was read")
-            start, target, size = start + count, target + count, size - count
-
-    def _merge(self, output: int, tensor: OutputTensor, rows: slice) -> None:
+    def _merge(self, output: OutputFile, tensor: OutputTensor, rows: slice) -> None:
         source = self.sources[tensor.source_file.path]
         delta = make_delta(self.recipe, tensor.terms, rows, tensor.dtype)
         columns = tensor.shape[1]
@@ -298,11 +267,12 @@ class _Worker(threading.local):
             if not np.isfinite(values).all():
                 raise _overflow(tensor)
 
+        self.pen.at(output, tensor.start + rows.start * written)
         for first in range(rows.start, rows.stop, ROWS):
             self._go_on()
             last = min(first + ROWS, rows.stop)
-            space = self._space((last - first) * wide)
-            _read(source, space, tensor.source.start + first * wide)
+            space = self.pen.space((last - first) * wide)
+            read_into(source, space, tensor.source.start + first * wide)
             raw = np.frombuffer(space, RAW[tensor.source.dtype]).reshape(last - first, columns)
             inside = slice(first - rows.start, last - rows.start)
             result = add_block(
@@ -311,11 +281,15 @@ class _Worker(threading.local):
                 scale=None if tensor.scale is None
                 else tensor.scale.rows(slice(first, last), columns),
             )  # fmt: skip
-            _write(output, result.data.cast("B"), tensor.start + first * written)
+            if result is raw:
+                self.pen.wrote(len(space))
+            else:
+                self.pen.put(result.data.cast("B"))
+        self.pen.end()
         for term in tensor.terms:
             term.release()
 
-    def _dequantise(self, output: int, tensor: OutputTensor, rows: slice) -> None:
+    def _dequantise(self, output: OutputFile, tensor: OutputTensor, rows: slice) -> None:
         source, scale, columns = (
             self.sources[tensor.source_file.path],
             tensor.scale,
@@ -323,28 +297,31 @@ class _Worker(threading.local):
         )
         assert scale is not None
         old, new = DTYPE_BYTES[tensor.source.dtype], DTYPE_BYTES[tensor.dtype]
+        self.pen.at(output, tensor.start + rows.start * columns * new)
         for first in range(rows.start, rows.stop, ROWS):
             self._go_on()
             some = slice(first, min(first + ROWS, rows.stop))
-            space = self._space((some.stop - first) * columns * old)
-            _read(source, space, tensor.source.start + first * columns * old)
+            space = self.pen.space((some.stop - first) * columns * old)
+            read_into(source, space, tensor.source.start + first * columns * old)
             raw = np.frombuffer(space, RAW[tensor.source.dtype]).reshape(-1, columns)
             numbers = decode(raw, tensor.source.dtype, np.float32) * scale.rows(some, columns)
             result = encode(numbers, tensor.dtype)
             back = decode(result, tensor.dtype, np.float32)
             if (~np.isfinite(back) & np.isfinite(numbers)).any():
                 raise _overflow(tensor)
-            _write(output, result.data.cast("B"), tensor.start + first * columns * new)
+            self.pen.put(result.data.cast("B"))
+        self.pen.end()
 
-    def _convert(self, output: int, tensor: OutputTensor, entries: slice) -> None:
+    def _convert(self, output: OutputFile, tensor: OutputTensor, entries: slice) -> None:
         source = self.sources[tensor.source_file.path]
         old, new = DTYPE_BYTES[tensor.source.dtype], DTYPE_BYTES[tensor.dtype]
         into = np.float64 if tensor.source.dtype == "F64" else np.float32
+        self.pen.at(output, tensor.start + entries.start * new)
         for first in range(entries.start, entries.stop, _CONVERT_ENTRIES):
             self._go_on()
             last = min(first + _CONVERT_ENTRIES, entries.stop)
-            space = self._space((last - first) * old)
-            _read(source, space, tensor.source.start + first * old)
+            space = self.pen.space((last - first) * old)
+            read_into(source, space, tensor.source.start + first * old)
             numbers = decode(
                 np.frombuffer(space, RAW[tensor.source.dtype]), tensor.source.dtype, into
             )
@@ -352,7 +329,8 @@ class _Worker(threading.local):
             back = decode(result, tensor.dtype, into)
             if (~np.isfinite(back) & np.isfinite(numbers)).any():
                 raise _overflow(tensor)
-            _write(output, result.data.cast("B"), tensor.start + first * new)
+            self.pen.put(result.data.cast("B"))
+        self.pen.end()
 
 
 def _overflow(tensor: OutputTensor) -> InputError:
@@ -361,18 +339,3 @@ def _overflow(tensor: OutputTensor) -> InputError:
         where="--dtype",
         remedy="choose bfloat16 or float32",
     )
-
-
-def _read(descriptor: int, space: memoryview, start: int) -> None:
-    position = 0
-    while position < len(space):
-        count = os.preadv(descriptor, [space[position:]], start + position)
-        if count == 0:
-            raise HarnessError("the base became shorter while it was read")
-        position += count
-
-
-def _write(descriptor: int, data: memoryview, start: int) -> None:
-    position = 0
-    while position < len(data):
-        position += os.pwrite(descriptor, data[position:], start + position)

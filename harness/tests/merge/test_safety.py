@@ -15,6 +15,7 @@ import pytest
 from harness import InputError, merge_lora_adapters
 from harness.errors import HarnessError
 from harness.tests.merge.test_merging import digests
+from harness.tests.merge.test_outputs import refuse_direct_writing
 
 # One process imports, then forks a child for each kill: a merge is milliseconds, an import is not.
 # The moments are drawn up to a horizon that grows while children are caught at work and shrinks
@@ -106,6 +107,8 @@ def test_a_disk_that_fills_up_leaves_nothing_and_the_old_output(tiny, tmp_path, 
     old = tmp_path / "out"
     merge_lora_adapters(tiny.base, [tiny.adapters["style"]], old)
     before = digests(old)
+    if call == "copy_file_range":
+        refuse_direct_writing(monkeypatch)
     real, calls = getattr(os, call), []
 
     def full(*arguments):
@@ -168,7 +171,11 @@ def test_an_input_that_changes_while_it_is_merged_is_noticed(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_copy_in_the_kernel_the_bytes_are_the_same(tiny, tmp_path, monkeypatch):
+def test_past_the_cache_copied_by_the_kernel_or_read_and_written_the_bytes_are_the_same(
+    tiny, tmp_path, monkeypatch
+):
+    merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "direct")
+    refuse_direct_writing(monkeypatch)
     merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "kernel")
 
     def other_disk(*arguments):
@@ -176,7 +183,8 @@ def test_without_a_copy_in_the_kernel_the_bytes_are_the_same(tiny, tmp_path, mon
 
     monkeypatch.setattr(os, "copy_file_range", other_disk)
     merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "plain")
-    assert digests(tmp_path / "kernel") == digests(tmp_path / "plain")
+    assert digests(tmp_path / "direct") == digests(tmp_path / "kernel")
+    assert digests(tmp_path / "direct") == digests(tmp_path / "plain")
 
 
 @pytest.mark.slow
