@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from harness.noise import NoiseFloor
     from harness.pending import Case, Position, Side
     from harness.replay import Replayed
-    from harness.snapshot import Found, Snapshot
+    from harness.snapshot import Found
+    from harness.snapshot_form import Snapshot
 
 __all__ = ["ACCEPTED", "Accepted", "Completions", "Judged"]
 
@@ -238,7 +239,7 @@ class Accepted:
     def _floor(self, found: Found, fresh: Snapshot) -> NoiseFloor | None:
         """The noise floor of this run against what was recorded; measured when first needed."""
         from harness.noise import noise_floor
-        from harness.snapshot import Snapshot
+        from harness.snapshot_form import Snapshot
 
         if not isinstance(found, Snapshot) or found.evidence is None or fresh.evidence is None:
             return None
@@ -275,7 +276,7 @@ class Accepted:
 
     def _case(self, judged: Judged) -> Case:
         from harness.pending import Case
-        from harness.snapshot import Snapshot
+        from harness.snapshot_form import Snapshot
 
         verdict, fresh, found = judged.verdict, judged.fresh, judged.found
         if judged.written:

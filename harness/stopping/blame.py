@@ -18,7 +18,7 @@ import torch
 
 from harness.completion import Completion
 from harness.engines.loading import lora_layers
-from harness.snapshot import Snapshot
+from harness.snapshot_form import Snapshot
 from harness.stack import Mode
 from harness.stopping.evidence import eos_log_odds, in_batches
 from harness.stopping.figures import Ending

@@ -15,7 +15,7 @@ from harness.completion import Application, Completion, GenerationSettings, Prom
 from harness.ending import EndingFiles, read_ending
 from harness.errors import InputError
 from harness.expectation import Expectation, read_expectation
-from harness.snapshot import Snapshot
+from harness.snapshot_form import Snapshot
 from harness.stack import AdapterStack, Mode
 from harness.stopping.causes import Cause, CauseKind
 from harness.stopping.diagnosis import (
