@@ -19,7 +19,8 @@ from harness.completion import Completion, Prompt
 from harness.errors import InputError
 from harness.interrupts import terminable
 from harness.options import spellings
-from harness.plugin.accepted import ACCEPTED, Accepted, Completions
+from harness.plugin.accepted import ACCEPTED, Accepted
+from harness.plugin.completions import Completions
 from harness.plugin.concluding import pytest_assertrepr_compare, pytest_runtest_makereport
 from harness.plugin.latency import (
     chosen_cells,
