@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from harness.completion import (
     StopReason,
 )
 from harness.engines.application import apply_mode, rest
+from harness.engines.held_model import HeldModel
 from harness.engines.loading import (
     choose_device,
     choose_dtype,
@@ -66,7 +66,7 @@ class _Request:
         return self.ids + self.begun
 
 
-class PeftEngine:
+class PeftEngine(HeldModel):
     """One loaded stack. Prefer `harness.load_engine`, and use it as a context manager.
 
     Attributes:
@@ -123,33 +123,6 @@ class PeftEngine:
             rest(self.model)
         compare_base_with_files(self.model, self.checkpoint)
         self._witness = Witness(self.model)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the model's memory back. The engine cannot be used after."""
-        self.model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    @property
-    def device(self) -> str:
-        """Where inputs go: the device of the embedding."""
-        return str(self.model.get_input_embeddings().weight.device)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the base's weights, e.g. `float32`."""
-        return str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
     @property
     def context_length(self) -> int:
