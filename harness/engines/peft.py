@@ -34,6 +34,7 @@ from harness.engines.loading import (
     load_base,
     load_tokenizer,
 )
+from harness.engines.padding import padded
 from harness.engines.templating import templated_ids
 from harness.engines.witness import Witness, compare_base_with_files
 from harness.errors import InputError
@@ -259,13 +260,9 @@ class PeftEngine(HeldModel):
         settings: GenerationSettings,
         report: Callable[[float], None],
     ) -> list[list[int]]:
-        width = max(len(request.given) for request in batch)
         pad = self.pad_token_id
-        ids = torch.full((len(batch), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(batch):
-            ids[row, width - len(request.given) :] = torch.tensor(request.given)
-            mask[row, width - len(request.given) :] = 1
+        ids, mask = padded([request.given for request in batch], pad, side="left")
+        width = ids.shape[1]
         new_tokens = max(
             self.room(len(request.ids), settings) - len(request.begun) for request in batch
         )
@@ -364,13 +361,8 @@ class PeftEngine(HeldModel):
         Returns:
             One float32 CPU tensor a row, `(len(row), vocabulary)`.
         """
-        width = max(len(row) for row in token_ids)
-        ids = torch.full((len(token_ids), width), self.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(token_ids):
-            # Padding on the right: causal attention never looks at it, positions start at 0.
-            ids[place, : len(row)] = torch.tensor(row)
-            mask[place, : len(row)] = 1
+        # Padding on the right: causal attention never looks at it, positions start at 0.
+        ids, mask = padded(token_ids, self.pad_token_id, side="right")
         with self.mode(mode, application) as model, torch.inference_mode(), self.threads():
             output = model(
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
