@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from harness.preset import Preset, load_preset, load_prompts
     from harness.replay import Replayed, replay_completions
     from harness.resolve import resolve_stack
-    from harness.snapshot import Snapshot
+    from harness.snapshot_form import Snapshot
     from harness.stack import Adapter, AdapterStack, Base, Mode
     from harness.stopping import StoppingReport, check_training_data, examine_stopping
     from harness.verdict import Outcome, Verdict
@@ -64,7 +64,7 @@ _HOMES = {
     "Preset": "harness.preset",
     "Prompt": "harness.completion",
     "Replayed": "harness.replay",
-    "Snapshot": "harness.snapshot",
+    "Snapshot": "harness.snapshot_form",
     "StopReason": "harness.completion",
     "StoppingReport": "harness.stopping",
     "StrategyOptions": "harness.merge",

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.adapter_config import CONFIG_NAME, AdapterConfig, natural_order, read_adapter_config
+from harness.adapter_config import CONFIG_NAME, natural_order, read_adapter_config
+from harness.adapter_settings import AdapterConfig
 from harness.errors import InputError, combined, enough, gathering, quoted
 from harness.file_kinds import is_folder, is_there
 from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file

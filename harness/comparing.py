@@ -22,7 +22,7 @@ from harness.textdiff import word_diff_line
 from harness.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
-    from harness.snapshot import Snapshot
+    from harness.snapshot_form import Snapshot
 
 __all__ = ["Comparison", "judge_snapshot"]
 

@@ -1,7 +1,7 @@
-"""From what a user gives to an `AdapterStack`: options, names, `stack.toml`.
+"""From what a user gives to an `AdapterStack`: options, names, a declared stack.
 
-`harness.locating` finds the folders; here they are checked against each other before anything is
-loaded. Knows nothing of PEFT, torch or pytest.
+`harness.locating` finds the folders and `harness.stack_file` reads the declaration; here the parts
+are checked against each other before anything is loaded. Knows nothing of PEFT, torch or pytest.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from harness.adapter_files import AdapterFiles, read_adapter
 from harness.checkpoint_claims import check_claims
 from harness.checkpoint_files import read_checkpoint
-from harness.config_fields import field_name
 from harness.embedded import embedded_stack_file
-from harness.errors import InputError, combined, gathering, quoted
-from harness.expectation import read_expectation
+from harness.errors import InputError, combined, gathering
 from harness.file_kinds import is_there, regular_file
 from harness.fit import check_adapter_on_base, check_adapters_together
 from harness.locating import choose_base, locate_adapters
@@ -31,7 +28,7 @@ from harness.stack import (
     default_modes,
     parse_modes,
 )
-from harness.strict_json import read_toml
+from harness.stack_file import as_declared, read_stack_file, text_of
 
 __all__ = [
     "LOCK_NAME",
@@ -47,12 +44,6 @@ __all__ = [
 LOCK_NAME = "stack.lock.json"
 #: What `--lock` takes instead of a file, for no lock at all.
 NO_LOCK = "none"
-_STACK_KEYS = frozenset(
-    {
-        "name", "base", "preset", "stopping_preset", "adapters", "stops", "modes", "untrained",
-        "parents",
-    }
-)  # fmt: skip
 _STYLE, _INSTRUCT = "style", "instruct"
 #: Adapters of a random base, where none is given: the ranks of a usual two-stage training.
 RANDOM_RANKS: Mapping[str, int] = {_STYLE: 16, _INSTRUCT: 64}
@@ -197,98 +188,18 @@ def _declared_stack(
     file: Path, modes: Sequence[str], trust_remote_code: bool, faults: list[InputError] | None
 ) -> AdapterStack:
     """A stack from its TOML declaration; paths in it are relative to the file."""
-    declared = read_toml(
-        file, what="the stack's declaration", remedy="see docs/stack-file.md for its form"
-    )
-    unknown = sorted(set(declared) - _STACK_KEYS)
-    if unknown:
-        raise InputError(
-            f"unknown key {unknown[0]!r}",
-            where=file,
-            remedy=f"known: {', '.join(sorted(_STACK_KEYS))}",
-        )
-    adapters = declared.get("adapters", {})
-    if not isinstance(adapters, dict) or not all(isinstance(v, str) for v in adapters.values()):
-        raise InputError(
-            "[adapters] is not a table of paths", where=file, remedy='write e.g. style = "folder"'
-        )
+    declared = read_stack_file(file)
     stack = resolve_stack(
-        base_model=_text(declared, "base", file),
-        adapters=adapters,
+        base_model=text_of(declared, "base", file),
+        adapters=declared.get("adapters", {}),
         modes=modes or tuple(declared.get("modes", ())) or None,
         folder=file.parent,
-        name=_text(declared, "name", file) or file.stem,
+        name=text_of(declared, "name", file) or file.stem,
         base_option=f"base in {file.name}",
         trust_remote_code=trust_remote_code,
         faults=faults,
     )
-    stops = _stops(declared.get("stops", {}), stack, file)
-    return replace(
-        stack,
-        stops=stops,
-        preset=_text(declared, "preset", file),
-        stopping_preset=_text(declared, "stopping_preset", file),
-        untrained=_untrained(declared.get("untrained", []), stack, file),
-        parents=_parents(declared.get("parents", {}), stack, file),
-    )
-
-
-def _untrained(declared: Any, stack: AdapterStack, file: Path) -> tuple[str, ...]:
-    names = [adapter.name for adapter in stack.adapters]
-    if not isinstance(declared, list) or not all(name in names for name in declared):
-        raise InputError(
-            f"untrained: {quoted(declared)} is not a list of the stack's adapters",
-            where=file,
-            remedy=f"choose from: {', '.join(names)}",
-        )
-    return tuple(declared)
-
-
-def _parents(declared: Any, stack: AdapterStack, file: Path) -> dict[str, tuple[str, ...]]:
-    """Which adapters each was trained on top of; only those before it in the stack can be."""
-    names = [adapter.name for adapter in stack.adapters]
-    remedy = f'write e.g. {names[-1] if names else "instruct"} = ["{(names or ["style"])[0]}"]'
-    if not isinstance(declared, dict):
-        raise InputError("[parents] is not a table", where=file, remedy=remedy)
-    for name, parents in declared.items():
-        before = names[: names.index(name)] if name in names else []
-        if (
-            name not in names
-            or not isinstance(parents, list)
-            or not all(parent in before for parent in parents)
-        ):
-            raise InputError(
-                f"[parents] {field_name(name)} = {quoted(parents)} does not name adapters "
-                "before it in the stack",
-                where=file,
-                remedy=remedy,
-            )
-    return {name: tuple(parents) for name, parents in declared.items()}
-
-
-def _text(declared: Mapping[str, Any], key: str, file: Path) -> str | None:
-    value = declared.get(key)
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{key}: {value!r} is not a string", where=file, remedy="put it in quotes")
-    return value
-
-
-def _stops(declared: Any, stack: AdapterStack, file: Path) -> dict[str, Any]:
-    if not isinstance(declared, dict):
-        raise InputError(
-            "[stops] is not a table", where=file, remedy='write e.g. stacked = "always"'
-        )
-    known = {m.name for m in default_modes([a.name for a in stack.adapters])}
-    known |= {m.name for m in stack.modes}
-    for mode, expected in declared.items():
-        if mode not in known:
-            raise InputError(
-                f"[stops] names {mode!r}, which is no mode",
-                where=file,
-                remedy=f"choose from: {', '.join(sorted(known))}",
-            )
-        read_expectation(expected, where=f"{file}: [stops] {mode}")
-    return dict(declared)
+    return as_declared(stack, declared, file)
 
 
 def random_stack(

@@ -1,30 +1,28 @@
-"""Accepted completions: their stored form, and the syrupy extension that keeps them.
+"""Accepted completions: taken, read back with their evidence, and the syrupy extension that keeps
+them.
 
-One TOML file a case, in which the text is what a person reviews and the token ids decide, and its
-evidence beside it (`harness.evidence`, `harness.snapshot_files`). syrupy holds the assertion and
-`--snapshot-update`; how two compare is given to it (`harness.verdict`). Knows nothing of engines or
-of pytest's options.
+One file a case (`harness.snapshot_form`), and its evidence beside it (`harness.evidence`,
+`harness.snapshot_files`). syrupy holds the assertion and `--snapshot-update`; how two compare is
+given to it (`harness.verdict`). Knows nothing of engines or of pytest's options.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
-import tomli_w
 from syrupy.data import SnapshotCollections
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
-from harness.completion import Completion, GenerationSettings, StopReason
+from harness.completion import Completion, GenerationSettings
 from harness.digests import combined_digest, text_digest
 from harness.errors import InputError
-from harness.evidence import Evidence, decode_evidence, encode_evidence
+from harness.evidence import decode_evidence, encode_evidence
 from harness.snapshot_files import Pair, evidence_of, read_pair, write_pair
+from harness.snapshot_form import RESTORE, Snapshot, read_snapshot, write_form
 from harness.terminal import shown
 
 __all__ = [
@@ -42,40 +40,8 @@ __all__ = [
     "write_form",
 ]
 
-_HEAD = (
-    "# An accepted completion. The tokens decide; `pytest --snapshot-update` accepts a new one.\n"
-    "# What the model thought of each token lies beside it, in the .evidence file.\n"
-)
-_FORM = 2
 _SUFFIX = "toml"
 _LONGEST = 64  # characters of a slug: three of them and a suffix must fit into a file name
-_REMEDY = "restore the file from version control, or accept anew with --snapshot-update"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """An accepted completion and the conditions it was made under.
-
-    Attributes:
-        made_with: provenance: the base's name and architecture, the mode's composition, device,
-            dtype, versions.
-        contents: SHA-256 (hex) of what it was made from: `base`, `adapter_<name>`, `tokenizer`,
-            `template`, `settings`, `prompt` (its token ids).
-        evidence: of each token; None where the engine gives none. Not compared by `==`.
-    """
-
-    prompt: str
-    prompt_text: str
-    mode: str
-    application: str
-    text: str
-    stop_reason: StopReason
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    settings: Mapping[str, Any]
-    made_with: Mapping[str, Any]
-    contents: Mapping[str, str] = field(default_factory=dict)
-    evidence: Evidence | None = field(default=None, compare=False, repr=False)
 
 
 def snapshot_name(preset: str, prompt: str, mode: str) -> str:
@@ -131,98 +97,6 @@ def _settings(settings: GenerationSettings) -> dict[str, Any]:
         and value is not None
         and (value != defaults[key] or key == "max_new_tokens")
     }
-
-
-def write_form(snapshot: Snapshot) -> str:
-    """The stored form of *snapshot*."""
-    return _HEAD + tomli_w.dumps(
-        {
-            "form": _FORM,
-            "prompt": snapshot.prompt,
-            **_stored_text("prompt_text", snapshot.prompt_text),
-            "mode": snapshot.mode,
-            "stop_reason": snapshot.stop_reason.value,
-            **_stored_text("text", snapshot.text),
-            "tokens": {
-                # One line each: a diff shows that they changed, and no more of it.
-                "prompt": " ".join(map(str, snapshot.prompt_token_ids)),
-                "completion": " ".join(map(str, snapshot.token_ids)),
-            },
-            "settings": dict(snapshot.settings),
-            "made_with": {"application": snapshot.application, **snapshot.made_with},
-            "sha256": dict(snapshot.contents),
-        },
-        multiline_strings=True,
-    )
-
-
-def read_snapshot(form: str, *, where: Path | str, markers: bool = True) -> Snapshot:
-    """Read a stored form.
-
-    Args:
-        markers: refuse lines that look like those of a merge conflict.
-
-    Raises:
-        InputError: not TOML (merge-conflict markers included), or a field is absent or malformed.
-    """
-
-    def refuse(fault: str) -> InputError:
-        return InputError(fault, where=where, remedy=_REMEDY)
-
-    for number, line in enumerate(form.split("\n") if markers else (), 1):
-        if line.startswith(("<<<<<<< ", ">>>>>>> ", "||||||| ")):
-            raise refuse(f"line {number}: a merge-conflict marker")
-    try:
-        raw = tomllib.loads(form)
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"is not valid TOML: {error}") from error
-    if raw.get("form") != _FORM:
-        raise refuse(f"has form {raw.get('form')!r}, this version reads {_FORM}")
-    try:
-        made_with = dict(raw["made_with"])
-        return Snapshot(
-            prompt=_text(raw["prompt"]),
-            prompt_text=_read_text(raw, "prompt_text"),
-            mode=_text(raw["mode"]),
-            application=_text(made_with.pop("application")),
-            text=_read_text(raw, "text"),
-            stop_reason=StopReason(raw["stop_reason"]),
-            prompt_token_ids=_ids(raw["tokens"]["prompt"]),
-            token_ids=_ids(raw["tokens"]["completion"]),
-            settings=dict(raw["settings"]),
-            made_with=made_with,
-            contents={str(key): _text(value) for key, value in dict(raw["sha256"]).items()},
-        )
-    except KeyError as error:
-        raise refuse(f"the field {error.args[0]!r} is missing") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise refuse(f"a field is malformed: {error}") from error
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a string")
-    return value
-
-
-def _stored_text(key: str, text: str) -> dict[str, str]:
-    """TOML has no half of a surrogate pair, and its readers turn `\\r\\n` into `\\n`; such a text
-    is stored in JSON's escapes."""
-    if "\r" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        return {f"{key}_json": json.dumps(text)}
-    return {key: text}
-
-
-def _read_text(raw: Mapping[str, Any], key: str) -> str:
-    escaped = raw.get(f"{key}_json")
-    return _text(raw[key] if escaped is None else json.loads(_text(escaped)))
-
-
-def _ids(value: object) -> tuple[int, ...]:
-    ids = tuple(int(part) for part in _text(value).split())
-    if any(token < 0 for token in ids):
-        raise ValueError("a token id is negative")
-    return ids
 
 
 class StoredForm(str):
@@ -308,7 +182,7 @@ def _joined(pair: Pair, text: str, path: Path) -> tuple[Snapshot, bytes]:
     try:
         evidence = decode_evidence(data, snapshot.token_ids)
     except (ValueError, OverflowError, MemoryError) as error:
-        raise InputError(f"its evidence is damaged: {error}", where=path, remedy=_REMEDY) from error
+        raise InputError(f"its evidence is damaged: {error}", where=path, remedy=RESTORE) from error
     return replace(snapshot, evidence=evidence), data
 
 

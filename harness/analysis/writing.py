@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from harness.analysis.figures import AdapterFigures
 from harness.analysis.findings import Finding, adapter_findings
 from harness.analysis.sections import Section
 from harness.page import cell, image_uri, render
+from harness.plain_values import plain
 from harness.staging import staged_folder
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def as_json(
         }
     payload["sections"] = [dataclasses.asdict(section) for section in sections]
     payload["plots"] = [{"name": p.name, "title": p.title, "caption": p.caption} for p in plots]
-    plain: dict[str, Any] = _plain(payload)
-    return plain
+    values: dict[str, Any] = plain(payload)
+    return values
 
 
 def _adapter(figures: AdapterFigures) -> dict[str, Any]:
@@ -95,16 +95,6 @@ def _adapter(figures: AdapterFigures) -> dict[str, Any]:
             for module in figures.modules
         ],
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
 def write_report(

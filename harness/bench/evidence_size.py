@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from harness.errors import InputError
 from harness.evidence import Evidence, encode_evidence
-from harness.snapshot import Snapshot, read_stored
+from harness.snapshot import read_stored
 from harness.snapshot_files import sidecar_bytes
+from harness.snapshot_form import Snapshot
 
 __all__ = [
     "ENGLISH",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from harness.completion import Prompt
 from harness.engines.inspection import LiveLayer, LiveModel, bare_model
+from harness.engines.padding import padded
 
 __all__ = ["DEFAULT_PROMPTS", "Capture", "Probe", "capture", "forward", "probe_ids", "undisturbed"]
 
@@ -120,13 +121,7 @@ def batched(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
     The longest row is padded as well, so that every row says whether padding is looked at.
     """
-    width = max(len(row) for row in rows) + _PADDING
-    ids = torch.zeros((len(rows), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, width - len(row) :] = torch.tensor(row)
-        mask[place, width - len(row) :] = 1
-    return ids, mask
+    return padded(rows, 0, side="left", least=_PADDING)
 
 
 def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

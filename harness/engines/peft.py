@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from harness.completion import (
     StopReason,
 )
 from harness.engines.application import apply_mode, rest
+from harness.engines.held_model import HeldModel
 from harness.engines.loading import (
     choose_device,
     choose_dtype,
@@ -34,6 +34,7 @@ from harness.engines.loading import (
     load_base,
     load_tokenizer,
 )
+from harness.engines.padding import padded
 from harness.engines.templating import templated_ids
 from harness.engines.witness import Witness, compare_base_with_files
 from harness.errors import InputError
@@ -66,7 +67,7 @@ class _Request:
         return self.ids + self.begun
 
 
-class PeftEngine:
+class PeftEngine(HeldModel):
     """One loaded stack. Prefer `harness.load_engine`, and use it as a context manager.
 
     Attributes:
@@ -123,33 +124,6 @@ class PeftEngine:
             rest(self.model)
         compare_base_with_files(self.model, self.checkpoint)
         self._witness = Witness(self.model)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the model's memory back. The engine cannot be used after."""
-        self.model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    @property
-    def device(self) -> str:
-        """Where inputs go: the device of the embedding."""
-        return str(self.model.get_input_embeddings().weight.device)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the base's weights, e.g. `float32`."""
-        return str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
     @property
     def context_length(self) -> int:
@@ -286,13 +260,9 @@ class PeftEngine:
         settings: GenerationSettings,
         report: Callable[[float], None],
     ) -> list[list[int]]:
-        width = max(len(request.given) for request in batch)
         pad = self.pad_token_id
-        ids = torch.full((len(batch), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(batch):
-            ids[row, width - len(request.given) :] = torch.tensor(request.given)
-            mask[row, width - len(request.given) :] = 1
+        ids, mask = padded([request.given for request in batch], pad, side="left")
+        width = ids.shape[1]
         new_tokens = max(
             self.room(len(request.ids), settings) - len(request.begun) for request in batch
         )
@@ -391,13 +361,8 @@ class PeftEngine:
         Returns:
             One float32 CPU tensor a row, `(len(row), vocabulary)`.
         """
-        width = max(len(row) for row in token_ids)
-        ids = torch.full((len(token_ids), width), self.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(token_ids):
-            # Padding on the right: causal attention never looks at it, positions start at 0.
-            ids[place, : len(row)] = torch.tensor(row)
-            mask[place, : len(row)] = 1
+        # Padding on the right: causal attention never looks at it, positions start at 0.
+        ids, mask = padded(token_ids, self.pad_token_id, side="right")
         with self.mode(mode, application) as model, torch.inference_mode(), self.threads():
             output = model(
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False

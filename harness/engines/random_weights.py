@@ -12,8 +12,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from harness.adapter_files import read_adapter
 from harness.completion import Application
 from harness.engines.application import Factors, apply_mode, rest
+from harness.engines.held_model import HeldModel
 from harness.engines.loading import (
     choose_device,
     choose_dtype,
@@ -52,7 +52,7 @@ class FactorsInMemory:
         return self.pairs[module]
 
 
-class RandomEngine:
+class RandomEngine(HeldModel):
     """A loaded shape. The part of `harness.engines.peft.PeftEngine` that measuring needs.
 
     Attributes:
@@ -83,33 +83,10 @@ class RandomEngine:
         if stack.adapters:
             rest(model)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Give the model's memory back. The engine cannot be used after."""
-        self.model = None
+        """Give the model's memory back, and the factors'. The engine cannot be used after."""
         self.files.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    @property
-    def device(self) -> str:
-        """Where inputs go: the device of the embedding."""
-        return str(self.model.get_input_embeddings().weight.device)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the base's weights, e.g. `bfloat16`."""
-        return str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        super().close()
 
     @contextlib.contextmanager
     def mode(

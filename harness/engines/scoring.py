@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from harness.completion import Application
 from harness.engines.inspection import bare_model
+from harness.engines.padding import padded
 from harness.evidence import TOP, Evidence
 from harness.stack import Mode
 
@@ -104,10 +105,9 @@ def _batches(
 
 
 def _score_batch(engine: PeftEngine, rows: Sequence[ScoreRow]) -> list[Evidence]:
-    width = max(row.length for row in rows)
-    ids = torch.full((len(rows), width), engine.pad_token_id, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : row.length] = torch.tensor((row.prompt + row.produced)[:-1])
+    seen = [(row.prompt + row.produced)[:-1] for row in rows]
+    ids, _ = padded(seen, engine.pad_token_id, side="right")
+    width = ids.shape[1]
     places = [
         place * width + position
         for place, row in enumerate(rows)

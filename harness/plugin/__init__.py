@@ -1,15 +1,16 @@
-"""All of pytest: options with ini twins, fixtures, parametrisation, header, summary.
+"""The plugin: options with ini twins, fixtures, header; whatever pytest finds by name is here.
 
 Loaded by the `pytest11` entry point in every pytest run, so it imports nothing heavy, names every
 fixture `lora_…`, and says nothing where no stack is asked for. Knows how to ask for things; what
-they mean is known below.
+they mean is known below. Parametrising, accepted completions, saving, latency, orphans and the
+summary have modules of their own beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,10 +20,10 @@ from harness.completion import Completion, Prompt
 from harness.errors import InputError
 from harness.interrupts import terminable
 from harness.options import spellings
-from harness.plugin.accepted import ACCEPTED, Accepted, Completions
+from harness.plugin.accepted import ACCEPTED, Accepted
+from harness.plugin.completions import Completions
 from harness.plugin.concluding import pytest_assertrepr_compare, pytest_runtest_makereport
 from harness.plugin.latency import (
-    chosen_cells,
     lora_cell,
     lora_latency,
     lora_measured,
@@ -31,6 +32,13 @@ from harness.plugin.latency import (
     skip_without_meaning,
 )
 from harness.plugin.orphans import ORPHANS, find_orphans, remember_collected
+from harness.plugin.parametrising import (
+    lora_declared_mode,
+    lora_mode,
+    lora_mode_pair,
+    lora_prompt,
+    pytest_generate_tests,
+)
 from harness.plugin.saving import UNSAVED, check_saving, save_whole
 from harness.plugin.setting import (
     DEST,
@@ -54,11 +62,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Completions",
     "lora_cell",
+    "lora_declared_mode",
     "lora_latency",
     "lora_measured",
+    "lora_mode",
+    "lora_mode_pair",
+    "lora_prompt",
     "pytest_assertrepr_compare",
     "pytest_benchmark_update_json",
     "pytest_benchmark_update_machine_info",
+    "pytest_generate_tests",
     "pytest_runtest_makereport",
 ]
 
@@ -155,55 +168,6 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
     return [shown(line) for line in lines]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = metafunc.fixturenames
-    ours = {"lora_mode", "lora_prompt", "lora_mode_pair", "lora_declared_mode",
-            "lora_cell"}  # fmt: skip
-    if not ours.intersection(names):
-        return
-    setting = metafunc.config.stash[SETTING]
-    try:
-        stack, preset = setting.stack, setting.preset
-    except InputError as error:
-        raise pytest.UsageError(shown(str(error))) from None
-    if "lora_cell" in names:
-        try:
-            cells = chosen_cells(setting)
-        except InputError as error:
-            raise pytest.UsageError(shown(str(error))) from None
-        _parametrize(metafunc, "lora_cell", [(cell.key, cell) for cell in cells])
-    if "lora_mode" in names:
-        _parametrize(metafunc, "lora_mode", [(m.name, m) for m in stack.modes])
-    if "lora_declared_mode" in names:
-        declared = [(m.name, m) for m in stack.modes if m.name in stack.stops]
-        _parametrize(metafunc, "lora_declared_mode", declared)
-    if "lora_mode_pair" in names:
-        pairs = [(f"{a.name}-{b.name}", (a, b)) for a, b in _pairs(stack)]
-        _parametrize(metafunc, "lora_mode_pair", pairs)
-    if "lora_prompt" in names:
-        _parametrize(metafunc, "lora_prompt", [(p.id, p) for p in preset.prompts])
-
-
-def _parametrize(metafunc: pytest.Metafunc, name: str, cases: Sequence[tuple[str, Any]]) -> None:
-    metafunc.parametrize(
-        name,
-        [value for _, value in cases],
-        ids=[label for label, _ in cases],
-        indirect=True,
-        scope="function" if name == "lora_prompt" else "session",
-    )
-
-
-def _pairs(stack: AdapterStack) -> list[tuple[Mode, Mode]]:
-    """Modes that must differ: those where one's adapters are part of the other's."""
-    return [
-        (smaller, larger)
-        for smaller in stack.modes
-        for larger in stack.modes
-        if set(smaller.adapters) < set(larger.adapters)
-    ]
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     skip_without_meaning(item)
     if item.get_closest_marker("gpu") is None:
@@ -266,30 +230,6 @@ def lora_training_stack(lora_stack: AdapterStack) -> AdapterStack:
     if len(lora_stack.adapters) > 1 and sum(shard.size for shard in shards) < _TRAINABLE_BYTES:
         return lora_stack
     return stack_from_options(StackOptions())
-
-
-@pytest.fixture(scope="session")
-def lora_mode(request: pytest.FixtureRequest) -> Mode:
-    """Parametrised: each mode of the stack."""
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="session")
-def lora_declared_mode(request: pytest.FixtureRequest) -> Mode:
-    """Parametrised: each mode whose stopping the stack's TOML declares."""
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="session")
-def lora_mode_pair(request: pytest.FixtureRequest) -> tuple[Mode, Mode]:
-    """Parametrised: two modes, the second with all of the first's adapters and more."""
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def lora_prompt(request: pytest.FixtureRequest) -> Prompt:
-    """Parametrised: each prompt of the preset."""
-    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,14 @@
 """A session's accepted snapshots: drafts to replay, the judgement of each case, what is left to
 review.
 
-Made when the first snapshot is asked for, when the stack is loaded anyway. Knows nothing of the
-terminal.
+Made when the first snapshot is asked for, when the stack is loaded anyway. Knows nothing of how the
+completions are come by (`harness.plugin.completions`), nor of the terminal.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,9 @@ import pytest
 from harness.completion import Application, Completion, Prompt
 from harness.errors import InputError
 from harness.pieces import token_piece
+from harness.plugin.completions import Completions
 from harness.preset import Preset
 from harness.stack import Mode
-from harness.terminal import shown
 from harness.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -30,82 +30,10 @@ if TYPE_CHECKING:
     from harness.evidence import Evidence
     from harness.noise import NoiseFloor
     from harness.pending import Case, Position, Side
-    from harness.replay import Replayed
-    from harness.snapshot import Found, Snapshot
+    from harness.snapshot import Found
+    from harness.snapshot_form import Snapshot
 
-__all__ = ["ACCEPTED", "Accepted", "Completions", "Judged"]
-
-
-class Completions:
-    """What each mode says to the preset's prompts: replayed from accepted snapshots in one forward
-    pass where there are any, generated in one batch where not; when first asked for."""
-
-    def __init__(
-        self,
-        engine: PeftEngine,
-        preset: Preset,
-        drafts: Callable[[Mode], Sequence[Sequence[int] | None]] | None = None,
-    ) -> None:
-        self._engine, self._preset = engine, preset
-        self._drafts = drafts or (lambda mode: [None] * len(preset.prompts))
-        self._found: dict[tuple[Mode, Application], tuple[Replayed, ...]] = {}
-        self._lost: dict[tuple[Mode, Application], str] = {}
-        self._broken = ""
-
-    def of(self, mode: Mode, application: Application = Application.LIVE) -> tuple[Completion, ...]:
-        """The completions of *mode*, in the order of the preset's prompts, with evidence."""
-        return tuple(found.completion for found in self.replayed(mode, application))
-
-    def replayed(
-        self, mode: Mode, application: Application = Application.LIVE
-    ) -> tuple[Replayed, ...]:
-        """The same, with how each was come by.
-
-        A mode that runs out of memory fails its tests, each at once, and the other modes go on;
-        after a broken device (a sticky CUDA error) every mode that was not generated yet fails.
-        """
-        key = (mode, application)
-        if key not in self._found:
-            if lost := self._lost.get(key, self._broken):
-                pytest.fail(lost, pytrace=False)
-            self._complete(mode, application)
-        return self._found[key]
-
-    def _complete(self, mode: Mode, application: Application) -> None:
-        from harness.engines.faults import device_fault, give_memory_back
-        from harness.replay import replay_completions
-
-        try:
-            self._found[mode, application] = replay_completions(
-                self._engine,
-                self._preset.prompts,
-                mode,
-                self._preset.settings,
-                drafts=self._drafts(mode),
-                application=application,
-            )
-            return
-        except Exception as error:
-            fault = device_fault(error)
-            if fault is None:
-                raise
-        lost = shown(f"{mode.name}: {fault.said}\n→ {fault.remedy}")
-        self._lost[mode, application] = lost
-        if fault.sticky:
-            self._broken = f"the device has been broken since {lost}"
-        else:
-            give_memory_back()
-        pytest.fail(lost, pytrace=False)
-
-    def known(self, completion: Snapshot) -> Replayed | None:
-        """How the completion that *completion* is a snapshot of was come by, if it is one of
-        these."""
-        for (mode, application), found in self._found.items():
-            if mode.name == completion.mode and application == completion.application:
-                for replayed in found:
-                    if replayed.completion.prompt.id == completion.prompt:
-                        return replayed
-        return None
+__all__ = ["ACCEPTED", "Accepted", "Judged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +166,7 @@ class Accepted:
     def _floor(self, found: Found, fresh: Snapshot) -> NoiseFloor | None:
         """The noise floor of this run against what was recorded; measured when first needed."""
         from harness.noise import noise_floor
-        from harness.snapshot import Snapshot
+        from harness.snapshot_form import Snapshot
 
         if not isinstance(found, Snapshot) or found.evidence is None or fresh.evidence is None:
             return None
@@ -275,7 +203,7 @@ class Accepted:
 
     def _case(self, judged: Judged) -> Case:
         from harness.pending import Case
-        from harness.snapshot import Snapshot
+        from harness.snapshot_form import Snapshot
 
         verdict, fresh, found = judged.verdict, judged.fresh, judged.found
         if judged.written:

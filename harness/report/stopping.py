@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.page import image_uri, render
+from harness.plain_values import plain
 from harness.staging import staged_folder
 from harness.stopping.values import StoppingReport
 
@@ -74,8 +73,8 @@ def as_json(report: StoppingReport) -> dict[str, Any]:
         "dataset": dataclasses.asdict(report.dataset) if report.dataset else None,
         "notes": list(report.notes),
     }
-    plain: dict[str, Any] = _plain(payload)
-    return plain
+    values: dict[str, Any] = plain(payload)
+    return values
 
 
 def _trace(report: StoppingReport, mode: str, place: int) -> dict[str, Any]:
@@ -87,18 +86,6 @@ def _trace(report: StoppingReport, mode: str, place: int) -> dict[str, Any]:
         "eos_rank": trace.rank,
         "eos_margin": [round(m, 3) for m in trace.margin],
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
 def tables(report: StoppingReport) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ import torch
 
 from harness.completion import Completion
 from harness.engines.loading import lora_layers
-from harness.snapshot import Snapshot
+from harness.engines.padding import padded
+from harness.snapshot_form import Snapshot
 from harness.stack import Mode
 from harness.stopping.evidence import eos_log_odds, in_batches
 from harness.stopping.figures import Ending
@@ -205,16 +206,9 @@ def blame_adapters(
 def _last_logits(engine: PeftEngine, model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """The logits behind the last token of each row, float32 on the CPU: `(rows, vocabulary)`."""
     found: dict[int, torch.Tensor] = {}
-    pad = next(n for n in range(len(engine.eos_token_ids) + 1) if n not in engine.eos_token_ids)
     # Only one position a row is asked for, so the batches may be large.
     for batch in in_batches(rows, vocabulary=4096):
-        width = max(len(rows[place]) for place in batch)
-        ids = torch.full((len(batch), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for number, place in enumerate(batch):
-            row = rows[place]
-            ids[number, width - len(row) :] = torch.tensor(row)
-            mask[number, width - len(row) :] = 1
+        ids, mask = padded([rows[place] for place in batch], engine.pad_token_id, side="left")
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode(), engine.threads():
             output = model(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.completion import Application, Completion
-from harness.snapshot import Snapshot
+from harness.snapshot_form import Snapshot
 
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from harness.completion import Completion, StopReason
-from harness.snapshot import Snapshot
+from harness.snapshot_form import Snapshot
 from harness.stopping.endings import (
     EndSign,
     Loop,

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.completion import Completion
 from harness.expectation import Expectation, read_expectation
-from harness.snapshot import Snapshot
+from harness.snapshot_form import Snapshot
 from harness.stopping.figures import (
     Decode,
     Ending,
