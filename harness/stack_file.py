@@ -28,10 +28,10 @@ _STACK_KEYS = frozenset(
 
 
 def read_stack_file(file: Path) -> dict[str, Any]:
-    """The declaration in *file*: known keys alone, `adapters` a table of paths.
+    """The declaration in *file*: known keys alone, `adapters` a table of paths, `modes` a list.
 
     Raises:
-        InputError: no TOML file, a key that is not known, `[adapters]` of another form.
+        InputError: no TOML file, a key that is not known, adapters or modes of another form.
     """
     declared = read_toml(
         file, what="the stack's declaration", remedy="see docs/stack-file.md for its form"
@@ -47,6 +47,13 @@ def read_stack_file(file: Path) -> dict[str, Any]:
     if not isinstance(adapters, dict) or not all(isinstance(v, str) for v in adapters.values()):
         raise InputError(
             "[adapters] is not a table of paths", where=file, remedy='write e.g. style = "folder"'
+        )
+    modes = declared.get("modes", [])
+    if not isinstance(modes, list) or not all(isinstance(mode, str) for mode in modes):
+        raise InputError(
+            f"modes: {quoted(modes)} is not a list of names",
+            where=file,
+            remedy='write e.g. ["base", "stacked"]',
         )
     return declared
 
