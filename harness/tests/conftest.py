@@ -1,6 +1,15 @@
 """Tiny stacks on disk for the harness' own tests. torch is imported when a test asks for it."""
 
+from importlib.util import find_spec
+
 import pytest
+
+if find_spec("hypothesis") is not None:  # a borrowed machine may lack it: see the upper conftest
+    from hypothesis import settings
+
+    # A busy machine is no fault of what is tested.
+    settings.register_profile("harness", deadline=None)
+    settings.load_profile("harness")
 
 
 @pytest.fixture(scope="session", autouse=True)
