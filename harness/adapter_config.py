@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.adapter_settings import AdapterConfig
-from harness.config_fields import FieldReader, field_name
 from harness.errors import InputError, combined, gathering, quoted
-from harness.file_kinds import is_folder, is_there
-from harness.strict_json import read_json_object
+from harness.files.config_fields import FieldReader, field_name
+from harness.files.file_kinds import is_folder, is_there
+from harness.files.strict_json import read_json_object
 
 __all__ = [
     "CONFIG_NAME",

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from harness.adapter_config import CONFIG_NAME, natural_order, read_adapter_config
 from harness.adapter_settings import AdapterConfig
 from harness.errors import InputError, combined, enough, gathering, quoted
-from harness.file_kinds import is_folder, is_there
-from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
+from harness.files.file_kinds import is_folder, is_there
+from harness.files.tensor_files import TensorEntry, TensorFile, read_tensor_file
 
 if TYPE_CHECKING:
     from harness.lora import LoraPair

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.errors import InputError, quoted
-from harness.patterns import pattern_fault
+from harness.files.patterns import pattern_fault
 
 __all__ = ["AdapterConfig"]
 

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from harness.checkpoint_files import CheckpointFiles
-from harness.config_fields import FieldReader
 from harness.errors import InputError, enough, quoted
-from harness.tensor_files import same_bytes
+from harness.files.config_fields import FieldReader
+from harness.files.tensor_files import same_bytes
 
 __all__ = ["PLAIN_FAMILIES", "check_claims"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError, combined, enough, gathering, quoted
-from harness.file_kinds import is_folder, is_there
-from harness.strict_json import MAX_JSON_BYTES, read_json_object
-from harness.tensor_files import TensorEntry, TensorFile, read_tensor_file
+from harness.files.file_kinds import is_folder, is_there
+from harness.files.strict_json import MAX_JSON_BYTES, read_json_object
+from harness.files.tensor_files import TensorEntry, TensorFile, read_tensor_file
 
 if TYPE_CHECKING:
     import torch

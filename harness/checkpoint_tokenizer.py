@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint_files import CheckpointFiles
-from harness.config_fields import FieldReader
 from harness.errors import InputError, gathering, quoted
-from harness.file_kinds import is_there
-from harness.strict_json import MAX_CONFIG_BYTES, read_json_object
+from harness.files.config_fields import FieldReader
+from harness.files.file_kinds import is_there
+from harness.files.strict_json import MAX_CONFIG_BYTES, read_json_object
 
 __all__ = ["check_tokenizer", "embedding_rows"]
 

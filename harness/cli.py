@@ -18,10 +18,10 @@ from types import ModuleType
 from typing import NoReturn
 
 from harness import __version__
+from harness.display.terminal import shown
 from harness.errors import HarnessError, InputError
 from harness.interrupts import exit_code, terminable
 from harness.options import with_dashes
-from harness.terminal import shown
 
 __all__ = ["main"]
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.display.pieces import joined_pieces
+from harness.display.terminal import shown
+from harness.display.textdiff import word_diff_line
 from harness.errors import InputError
 from harness.evidence import GAP_STEP, Evidence, Shifts, shifts
 from harness.noise import NoiseFloor, Tolerances, tolerances
-from harness.pieces import joined_pieces
-from harness.terminal import shown
-from harness.textdiff import word_diff_line
 from harness.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:

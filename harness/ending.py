@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.strict_json import read_json_object
+from harness.files.strict_json import read_json_object
 
 __all__ = [
     "PROBE_ANSWER",

@@ -14,9 +14,9 @@ from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, adapter_digest
 from harness.checkpoint_claims import PLAIN_FAMILIES
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError, enough, gathering, quoted
+from harness.files.strict_json import read_json_object
+from harness.files.tensor_files import same_bytes
 from harness.stack import Adapter, Base
-from harness.strict_json import read_json_object
-from harness.tensor_files import same_bytes
 
 __all__ = ["check_adapter_on_base", "check_adapters_together", "check_base_copies"]
 

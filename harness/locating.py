@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.adapter_config import CONFIG_NAME, nested_adapter_hint
 from harness.adapter_files import AdapterFiles
 from harness.errors import InputError
-from harness.file_kinds import is_there
+from harness.files.file_kinds import is_there
 from harness.stack import Adapter, Base, check_adapter_name
 
 __all__ = ["DEFAULT_BASE", "choose_base", "locate_adapter", "locate_adapters", "locate_base"]

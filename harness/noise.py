@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.completion import Application, Completion
-from harness.digests import cache_folder, combined_digest
 from harness.errors import InputError
 from harness.evidence import GAP_STEP, TOP_STEP, Shifts, shifts
+from harness.files.digests import cache_folder, combined_digest
+from harness.files.staging import write_text
 from harness.stack import Mode
-from harness.staging import write_text
 
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine

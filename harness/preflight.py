@@ -17,14 +17,14 @@ from harness.adapter_files import AdapterFiles, read_adapter
 from harness.checkpoint_claims import PLAIN_FAMILIES
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.checkpoint_tokenizer import check_tokenizer, embedding_rows
-from harness.digests import cache_folder, text_digest
 from harness.errors import InputError, combined, gathering, quoted
+from harness.files.digests import cache_folder, text_digest
+from harness.files.staging import write_text
+from harness.files.tensor_files import TensorFile
+from harness.files.tensor_values import ValueRange, value_ranges
 from harness.stack import AdapterStack
 from harness.stack_lock import lock_faults
-from harness.staging import write_text
 from harness.template_probe import check_template, template_of
-from harness.tensor_files import TensorFile
-from harness.tensor_values import ValueRange, value_ranges
 
 __all__ = ["check_adapter_values", "check_base_values", "check_stack_files"]
 

@@ -16,8 +16,8 @@ from typing import Any
 from harness.completion import GenerationSettings, Message, Prompt
 from harness.embedded import embedded_folder
 from harness.errors import InputError
-from harness.file_kinds import regular_file
-from harness.strict_json import (
+from harness.files.file_kinds import regular_file
+from harness.files.strict_json import (
     MAX_JSON_BYTES,
     parse_json_object,
     read_small_text,

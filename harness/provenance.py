@@ -1,7 +1,7 @@
 """What completions were made with: names, shapes, versions, and digests of every content.
 
 Reads the stack's files once an engine, the base's from memory where they have not changed
-(`harness.digests`). Knows nothing of snapshots or verdicts.
+(`harness.files.digests`). Knows nothing of snapshots or verdicts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.adapter_files import adapter_digest
 from harness.checkpoint_files import CheckpointFiles
-from harness.digests import combined_digest, file_digests, text_digest
+from harness.files.digests import combined_digest, file_digests, text_digest
 from harness.stack import Mode
 
 if TYPE_CHECKING:

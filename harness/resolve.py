@@ -15,7 +15,7 @@ from harness.checkpoint_claims import check_claims
 from harness.checkpoint_files import read_checkpoint
 from harness.embedded import embedded_stack_file
 from harness.errors import InputError, combined, gathering
-from harness.file_kinds import is_there, regular_file
+from harness.files.file_kinds import is_there, regular_file
 from harness.fit import check_adapter_on_base, check_adapters_together
 from harness.locating import choose_base, locate_adapters
 from harness.shape import is_random, read_shape

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
-from harness.strict_json import read_json_object
+from harness.files.strict_json import read_json_object
 
 __all__ = ["NAMED_SHAPES", "RANDOM_PREFIX", "Shape", "is_random", "read_shape"]
 

@@ -18,12 +18,12 @@ from syrupy.data import SnapshotCollections
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from harness.completion import Completion, GenerationSettings
-from harness.digests import combined_digest, text_digest
+from harness.display.terminal import shown
 from harness.errors import InputError
 from harness.evidence import decode_evidence, encode_evidence
+from harness.files.digests import combined_digest, text_digest
 from harness.snapshot_files import Pair, evidence_of, read_pair, write_pair
 from harness.snapshot_form import RESTORE, Snapshot, read_snapshot, write_form
-from harness.terminal import shown
 
 __all__ = [
     "Found",

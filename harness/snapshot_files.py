@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InputError
-from harness.staging import staged_bytes, write_bytes
+from harness.files.staging import staged_bytes, write_bytes
 
 __all__ = [
     "SIDECAR_SUFFIX",

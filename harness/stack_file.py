@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.config_fields import field_name
 from harness.errors import InputError, quoted
 from harness.expectation import read_expectation
+from harness.files.config_fields import field_name
+from harness.files.strict_json import read_toml
 from harness.stack import AdapterStack, default_modes
-from harness.strict_json import read_toml
 
 __all__ = ["as_declared", "read_stack_file", "text_of"]
 

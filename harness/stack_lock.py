@@ -15,12 +15,12 @@ from typing import Any
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, read_adapter
 from harness.checkpoint_files import INDEX_NAME, SINGLE_NAME, read_checkpoint
-from harness.digests import combined_digest, file_digests
 from harness.errors import InputError, combined, quoted
-from harness.file_kinds import is_there
+from harness.files.digests import combined_digest, file_digests
+from harness.files.file_kinds import is_there
+from harness.files.staging import write_text
+from harness.files.strict_json import read_json_object
 from harness.stack import AdapterStack
-from harness.staging import write_text
-from harness.strict_json import read_json_object
 
 __all__ = ["lock_faults", "make_lock", "write_lock"]
 

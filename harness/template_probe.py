@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
-from harness.file_kinds import is_there
-from harness.strict_json import MAX_CONFIG_BYTES, read_json_object, read_small_text
+from harness.files.file_kinds import is_there
+from harness.files.strict_json import MAX_CONFIG_BYTES, read_json_object, read_small_text
 
 __all__ = ["check_template", "template_of"]
 

@@ -24,7 +24,7 @@ from harness.analysis.sections import (
 )
 from harness.analysis.writing import findings_of, summary_table, write_report
 from harness.errors import InputError
-from harness.staging import new_run_folder
+from harness.files.staging import new_run_folder
 
 if TYPE_CHECKING:
     from harness.completion import Completion

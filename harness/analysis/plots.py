@@ -20,7 +20,17 @@ from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.modules import ModuleFigures
 from harness.analysis.overlap import PairFigures
-from harness.drawing import COLOURS, GREY, MISSING, SIGNED, STYLES, Figure, Plot, drawn, plain
+from harness.display.drawing import (
+    COLOURS,
+    GREY,
+    MISSING,
+    SIGNED,
+    STYLES,
+    Figure,
+    Plot,
+    drawn,
+    plain,
+)
 
 __all__ = ["draw_analysis", "draw_comparison"]
 

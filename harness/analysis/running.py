@@ -19,7 +19,7 @@ from harness.errors import InputError
 from harness.locating import locate_base
 
 if TYPE_CHECKING:
-    from harness.drawing import Plot
+    from harness.display.drawing import Plot
 
 __all__ = ["PLOT_HINT", "analyze", "compare", "draw"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
-from harness.strict_json import read_json_object
+from harness.files.strict_json import read_json_object
 
 if TYPE_CHECKING:
     from harness.completion import Completion

@@ -1,8 +1,8 @@
 """Figures as `analysis.json`, `report.md` and a self-contained `report.html`.
 
 The JSON's keys keep their order and hold no NaN; its schema is in docs/analysis.md. Names in
-adapters are foreign text, which `harness.page` escapes. Knows nothing of how the figures came
-about.
+adapters are foreign text, which `harness.display.page` escapes. Knows nothing of how the figures
+came about.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from harness.analysis.comparison_findings import comparison_findings
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.findings import Finding, adapter_findings
 from harness.analysis.sections import Section
-from harness.page import cell, image_uri, render
-from harness.plain_values import plain
-from harness.staging import staged_folder
+from harness.display.page import cell, image_uri, render
+from harness.display.plain_values import plain
+from harness.files.staging import staged_folder
 
 if TYPE_CHECKING:
-    from harness.drawing import Plot
+    from harness.display.drawing import Plot
 
 __all__ = [
     "JSON_NAME",

@@ -27,7 +27,7 @@ _DEFAULT = ["--base-model", "random:fixtures/latency/config.json", "--device", "
 
 def main() -> None:
     from harness.bench.pairing import Worker, in_turn
-    from harness.staging import write_text
+    from harness.files.staging import write_text
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)

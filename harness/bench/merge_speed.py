@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from harness.staging import write_text
+from harness.files.staging import write_text
 
 __all__ = ["Run", "main", "measure"]
 

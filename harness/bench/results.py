@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.bench.cells import METRICS, CellResult, Work
 from harness.errors import InputError
-from harness.strict_json import read_json_object
+from harness.files.strict_json import read_json_object
 
 __all__ = [
     "Results",

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.display.terminal import errors
 from harness.errors import InputError
 from harness.options import add_option
-from harness.terminal import errors
 
 if TYPE_CHECKING:
     from harness.analysis.comparison import ComparisonFigures
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 def new_folder(arguments: argparse.Namespace, adapters: Sequence[str]) -> Path:
     """Where the report goes; a taken place, one in an adapter, and one that cannot be written are
     refused before any work is done."""
-    from harness.staging import check_place, new_run_folder
+    from harness.files.staging import check_place, new_run_folder
 
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.display.terminal import console, errors, shown
 from harness.errors import InputError
 from harness.options import (
     BENCH_OPTIONS,
@@ -21,7 +22,6 @@ from harness.options import (
     random_ranks,
 )
 from harness.options import stack_options as stack_options_of
-from harness.terminal import console, errors, shown
 
 if TYPE_CHECKING:
     from harness.bench.cells import Cell
@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from harness.files.staging import check_place
     from harness.report.latency import LatencyReport, as_json, write_latency
     from harness.report.latency_terminal import print_latency
-    from harness.staging import check_place
 
     _check(arguments)
     if arguments.serve:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.display.terminal import console, errors, shown
 from harness.options import add_option, add_stack_arguments
 from harness.options import stack_options as stack_options_of
-from harness.terminal import console, errors, shown
 
 if TYPE_CHECKING:
     from harness.errors import InputError
@@ -98,7 +98,7 @@ def _check_folder(
     from harness.checkpoint_files import INDEX_NAME, SINGLE_NAME, read_checkpoint
     from harness.checkpoint_tokenizer import check_tokenizer, embedding_rows
     from harness.errors import combined, gathering
-    from harness.file_kinds import is_there
+    from harness.files.file_kinds import is_there
     from harness.preflight import check_adapter_values, check_base_values
     from harness.template_probe import check_template, template_of
 

@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from harness.display.terminal import console, errors, shown
 from harness.options import add_option, add_stack_arguments
 from harness.options import stack_options as stack_options_of
-from harness.terminal import console, errors, shown
 
 SUMMARY = "write stack.lock.json: the SHA-256 of every file of the stack"
 
@@ -28,10 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Write or check the lock; returns the exit code."""
     import dataclasses
 
-    from harness.file_kinds import is_there
+    from harness.files.file_kinds import is_there
+    from harness.files.strict_json import read_json_object
     from harness.resolve import LOCK_NAME, NO_LOCK, stack_from_options
     from harness.stack_lock import lock_faults, make_lock, write_lock
-    from harness.strict_json import read_json_object
     from harness.verdict import Outcome, Verdict
 
     options = stack_options_of(arguments)

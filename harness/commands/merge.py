@@ -78,9 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge; returns the exit code."""
+    from harness.display.terminal import errors, shown
     from harness.merge import RoundingLossError, StrategyOptions, merge_lora_adapters
     from harness.merge.memory import keep_freed_pages
-    from harness.terminal import errors, shown
 
     options = StrategyOptions(
         density=arguments.density,
@@ -126,7 +126,7 @@ def print_report(report: MergeReport, *, limit: float | None, as_json: bool) -> 
         json.dump(value, sys.stdout, ensure_ascii=True, indent=2, allow_nan=False)
         print()
         return
-    from harness.terminal import console, shown
+    from harness.display.terminal import console, shown
 
     lines = [line.removeprefix("- ") for line in report.summary()]
     place = f"{report.output}: {report.kind} of {', '.join(a.name for a in report.adapters)}"
@@ -168,7 +168,7 @@ class _Progress:
         if self._bar is None:
             from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-            from harness.terminal import errors
+            from harness.display.terminal import errors
 
             self._bar = Progress(
                 "merging", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=errors()

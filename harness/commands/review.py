@@ -152,9 +152,9 @@ def _matching(records: Records, patterns: Sequence[str], option: str) -> tuple[R
 
 
 def _decide_by_key(records: Records) -> tuple[Decided, ...]:
+    from harness.display.terminal import console
     from harness.pending import accept, reject
     from harness.report.review_terminal import ask, print_grid, single_keys
-    from harness.terminal import console
 
     print_grid(console(), records)
     with single_keys() as read_key:
@@ -163,9 +163,9 @@ def _decide_by_key(records: Records) -> tuple[Decided, ...]:
 
 
 def _print(records: Records, *, check: bool, tokens: bool) -> None:
+    from harness.display.terminal import console, shown
     from harness.report.review import summary
     from harness.report.review_terminal import print_broken, print_review
-    from harness.terminal import console, shown
 
     if not check:
         print_review(console(), records, tokens=tokens)
@@ -179,7 +179,7 @@ def _print(records: Records, *, check: bool, tokens: bool) -> None:
 
 
 def _write(arguments: argparse.Namespace, records: Records, decided: Sequence[Decided]) -> None:
-    from harness.staging import write_text
+    from harness.files.staging import write_text
 
     if arguments.json:
         from harness.report.review import as_json
@@ -215,7 +215,7 @@ def _write(arguments: argparse.Namespace, records: Records, decided: Sequence[De
 
 def _tell(arguments: argparse.Namespace, records: Records, decided: Sequence[Decided]) -> None:
     """What was decided, on standard error where standard output is a program's."""
-    from harness.terminal import shown
+    from harness.display.terminal import shown
 
     out = sys.stderr if arguments.json or arguments.markdown == "-" else sys.stdout
     for item in decided:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.display.terminal import console, errors
 from harness.errors import InputError
 from harness.interrupts import exit_code
 from harness.options import (
@@ -19,7 +20,6 @@ from harness.options import (
     add_stack_arguments,
 )
 from harness.options import stack_options as stack_options_of
-from harness.terminal import console, errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from harness.files.staging import check_place, new_run_folder
     from harness.preflight import check_stack_files
     from harness.report.run import as_json, write_run
     from harness.report.terminal import print_banner, print_report
     from harness.running import Collected, Request
-    from harness.staging import check_place, new_run_folder
 
     if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
         raise InputError(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.display.terminal import console, errors, shown
 from harness.options import (
     APPLICATION_OPTION,
     PROMPT_OPTIONS,
@@ -17,7 +18,6 @@ from harness.options import (
     add_stack_arguments,
 )
 from harness.options import stack_options as stack_options_of
-from harness.terminal import console, errors, shown
 
 if TYPE_CHECKING:
     from harness.completion import Application, Completion
@@ -73,9 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from harness.errors import InputError
+    from harness.files.staging import check_place
     from harness.report.stopping import as_json
     from harness.resolve import stack_from_options
-    from harness.staging import check_place
 
     if arguments.samples < 0 or arguments.temperature <= 0:
         raise InputError(
@@ -191,7 +191,7 @@ def _print(report: StoppingReport, folder: Path | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from harness.page import cell
+    from harness.display.page import cell
     from harness.report.stopping import tables
     from harness.report.terminal import outcome_style
 

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from harness.display.terminal import console, errors, shown
 from harness.interrupts import exit_code
 from harness.options import (
     APPLICATION_OPTION,
@@ -17,7 +18,6 @@ from harness.options import (
     chosen_preset,
 )
 from harness.options import stack_options as stack_options_of
-from harness.terminal import console, errors, shown
 
 if TYPE_CHECKING:
     from harness.certificate import Certificate

@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from harness.adapter_files import AdapterFiles
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import HarnessError, InputError, quoted
+from harness.files.strict_json import read_json_object
 from harness.stack import Adapter, AdapterStack
-from harness.strict_json import read_json_object
 
 __all__ = [
     "ActivationError",

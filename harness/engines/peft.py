@@ -38,9 +38,9 @@ from harness.engines.padding import padded
 from harness.engines.templating import templated_ids
 from harness.engines.witness import Witness, compare_base_with_files
 from harness.errors import InputError
+from harness.files.tensor_files import DTYPE_BYTES
 from harness.preflight import check_stack_files
 from harness.stack import AdapterStack, Mode
-from harness.tensor_files import DTYPE_BYTES
 
 __all__ = ["PeftEngine", "Progress"]
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, PairEntry, read_adapter
-from harness.digests import file_digests
 from harness.errors import InputError, combined
+from harness.files.digests import file_digests
+from harness.files.tensor_files import TensorEntry
 from harness.merge.storage import RAW, decode
 from harness.preflight import check_adapter_values
 from harness.stack import Adapter
-from harness.tensor_files import TensorEntry
 
 __all__ = ["Source", "Term", "adapter_names", "check_weights", "open_sources", "terms_by_module"]
 

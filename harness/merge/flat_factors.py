@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from harness.adapter_config import natural_order
 from harness.adapter_files import KEY_PREFIX
 from harness.errors import InputError
+from harness.files.tensor_files import DTYPE_BYTES, read_tensor_file
 from harness.merge.factors import Term
 from harness.merge.proof import ProofError, TensorLedger, Verify
 from harness.merge.rules import thin_svd
 from harness.merge.storage import RAW, decode, encode
-from harness.tensor_files import DTYPE_BYTES, read_tensor_file
 
 __all__ = ["FlatModule", "Loss", "flat_modules", "prove_factors", "stored_bytes", "write_factors"]
 

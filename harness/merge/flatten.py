@@ -16,6 +16,7 @@ from typing import Any
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME
 from harness.errors import InputError
+from harness.files.staging import staged_folder
 from harness.locating import locate_adapters
 from harness.merge.factors import (
     Source,
@@ -36,7 +37,6 @@ from harness.merge.places import Watch, check_output, check_space
 from harness.merge.proof import Verify
 from harness.merge.report import MergeReport
 from harness.merge.storage import DTYPE_NAMES
-from harness.staging import staged_folder
 
 __all__ = ["VLLM_RANKS", "flatten_adapters"]
 

@@ -18,8 +18,9 @@ from typing import Any
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, read_adapter
 from harness.checkpoint_files import INDEX_NAME, CheckpointFiles, read_checkpoint
-from harness.digests import file_digests
 from harness.errors import HarnessError, InputError, combined
+from harness.files.digests import file_digests
+from harness.files.staging import staged_folder
 from harness.fit import check_base_copies
 from harness.locating import choose_base, locate_adapters
 from harness.merge.factors import Source, adapter_names, check_weights, open_sources
@@ -33,7 +34,6 @@ from harness.merge.strategies import StrategyOptions, coefficients, find_strateg
 from harness.merge.streaming import Flusher, Progress, default_workers, write_shards
 from harness.merge.targets import MERGEABLE, check_saved_weights, place
 from harness.stack import Adapter, Base
-from harness.staging import staged_folder
 
 __all__ = ["RoundingLossError", "merge_lora_adapters"]
 

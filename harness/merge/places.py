@@ -14,7 +14,7 @@ from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME
 from harness.checkpoint_files import INDEX_NAME
 from harness.errors import HarnessError, InputError
-from harness.staging import check_place
+from harness.files.staging import check_place
 
 __all__ = ["Watch", "check_output", "check_space", "copy_beside", "files_beside"]
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
+from harness.files.tensor_files import DTYPE_BYTES, TensorEntry, TensorFile
 from harness.merge.factors import Term
 from harness.merge.quantised import Scale, is_quantised, scale_tensors, scales_of
 from harness.merge.storage import FLOATS
 from harness.merge.targets import Placement, SavedTensor
-from harness.tensor_files import DTYPE_BYTES, TensorEntry, TensorFile
 
 __all__ = ["MergePlan", "OutputTensor", "ShardPlan", "changed_config", "changed_index", "make_plan"]
 

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import HarnessError
+from harness.files.tensor_files import DTYPE_BYTES
 from harness.merge.factors import Term
 from harness.merge.plan import MergePlan, OutputTensor, ShardPlan
 from harness.merge.recipe import Recipe, make_delta, total_factors
 from harness.merge.storage import RAW, accumulator, decode, encode
 from harness.merge.strategies import Kind
-from harness.tensor_files import DTYPE_BYTES
 
 __all__ = ["ProofError", "TensorLedger", "Verify", "prove", "sampled_rows"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
+from harness.files.tensor_files import TensorEntry
 from harness.merge.storage import RAW, decode
-from harness.tensor_files import TensorEntry
 
 __all__ = ["Scale", "is_quantised", "scale_tensors", "scales_of"]
 

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import InputError
+from harness.files.tensor_files import DTYPE_BYTES
 from harness.merge.kernel import ROWS, Scratch, add_block
 from harness.merge.outputs import OutputFile, Pen, copy_range, read_into
 from harness.merge.plan import MergePlan, OutputTensor, ShardPlan
 from harness.merge.recipe import Recipe, make_delta, splittable
 from harness.merge.storage import RAW, decode, encode
-from harness.tensor_files import DTYPE_BYTES
 
 __all__ = ["Flusher", "Progress", "default_workers", "write_shards"]
 

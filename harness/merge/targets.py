@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from harness.adapter_files import KEY_PREFIX, unwrapped
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
+from harness.files.tensor_files import TensorEntry, TensorFile, same_bytes
 from harness.merge.factors import Source, Term
 from harness.merge.strategies import Kind, Strategy
-from harness.tensor_files import TensorEntry, TensorFile, same_bytes
 
 __all__ = [
     "EXPERT_PARTS",

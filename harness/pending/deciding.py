@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InputError
+from harness.files.staging import write_bytes
+from harness.files.strict_json import read_toml
 from harness.pending.files import (
     Run,
     locked,
@@ -26,8 +28,6 @@ from harness.pending.files import (
 from harness.pending.form import Record, case_form
 from harness.pending.values import Case
 from harness.snapshot_files import replace_pair, sidecar_of
-from harness.staging import write_bytes
-from harness.strict_json import read_toml
 from harness.verdict import Outcome
 
 __all__ = ["Decided", "accept", "reject", "snapshots_folder"]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InputError
+from harness.files.staging import write_bytes
+from harness.files.strict_json import parse_json_object
 from harness.pending.form import (
     FORM,
     Record,
@@ -26,8 +28,6 @@ from harness.pending.form import (
     to_json,
 )
 from harness.pending.values import Case
-from harness.staging import write_bytes
-from harness.strict_json import parse_json_object
 
 __all__ = [
     "FOLDER",

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.display.textdiff import Change, word_diff
 from harness.errors import InputError
+from harness.files.strict_json import parse_json_object
 from harness.pending.values import Alternative, Case, Position, Side
-from harness.strict_json import parse_json_object
-from harness.textdiff import Change, word_diff
 from harness.verdict import Outcome, Verdict
 
 __all__ = [

@@ -30,8 +30,8 @@ class Position:
     """One produced token.
 
     Attributes:
-        piece: the token as text (`harness.pieces`); pieces joined may differ from the decoded
-            text in spacing.
+        piece: the token as text (`harness.display.pieces`); pieces joined may differ from the
+            decoded text in spacing.
         logprob: of this token, in nats; None where no evidence is stored.
         alternatives: the five most probable tokens, the most probable first; then, where the
             accepted completion parts from this one, the accepted token if it is none of them.

@@ -17,6 +17,7 @@ import pytest
 
 from harness.adapter_files import adapter_digest
 from harness.completion import Completion, Prompt
+from harness.display.terminal import shown
 from harness.errors import InputError
 from harness.interrupts import terminable
 from harness.options import spellings
@@ -53,7 +54,6 @@ from harness.preset import Preset
 from harness.provenance import versions
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack, Mode
-from harness.terminal import shown
 from harness.verdict import Verdict
 
 if TYPE_CHECKING:

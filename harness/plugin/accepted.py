@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness.completion import Application, Completion, Prompt
+from harness.display.pieces import token_piece
 from harness.errors import InputError
-from harness.pieces import token_piece
 from harness.plugin.completions import Completions
 from harness.preset import Preset
 from harness.stack import Mode

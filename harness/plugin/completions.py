@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from harness.completion import Application, Completion
+from harness.display.terminal import shown
 from harness.preset import Preset
 from harness.stack import Mode
-from harness.terminal import shown
 
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from harness.display.terminal import shown
 from harness.errors import InputError
 from harness.plugin.accepted import ACCEPTED, Judged
 from harness.plugin.summary import case_of, outcome_of, properties_of
-from harness.terminal import shown
 
 __all__ = ["pytest_assertrepr_compare", "pytest_runtest_makereport"]
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness.bench.cells import Cell, CellResult, Lengths, cells_of
+from harness.display.terminal import shown
 from harness.errors import InputError
 from harness.options import batch_sizes
 from harness.plugin.setting import SETTING, Setting
-from harness.terminal import shown
 
 if TYPE_CHECKING:
     from harness.bench.measuring import Measurer

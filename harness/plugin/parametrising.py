@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from harness.completion import Prompt
+from harness.display.terminal import shown
 from harness.errors import InputError
 from harness.plugin.latency import chosen_cells
 from harness.plugin.setting import SETTING
 from harness.stack import AdapterStack, Mode
-from harness.terminal import shown
 
 __all__ = [
     "lora_declared_mode",

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from harness.display.terminal import shown
 from harness.errors import InputError
-from harness.staging import check_file_place, write_text
-from harness.terminal import shown
+from harness.files.staging import check_file_place, write_text
 
 __all__ = ["UNSAVED", "check_saving", "save_whole"]
 

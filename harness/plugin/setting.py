@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness.display.terminal import shown
 from harness.options import (
     BENCH_OPTIONS,
     PROMPT_OPTIONS,
@@ -23,7 +24,6 @@ from harness.options import (
 from harness.preset import Preset, choose_preset
 from harness.resolve import StackOptions, stack_from_options
 from harness.stack import AdapterStack
-from harness.terminal import shown
 
 __all__ = [
     "DEST",

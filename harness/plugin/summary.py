@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness.display.terminal import shown
 from harness.plugin.orphans import ORPHANS
 from harness.plugin.setting import SETTING
-from harness.terminal import shown
 from harness.verdict import Outcome, overall
 
 if TYPE_CHECKING:

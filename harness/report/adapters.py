@@ -13,7 +13,7 @@ from harness.analysis.comparison import ComparisonFigures
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.findings import Level, adapter_findings
 from harness.analysis.writing import findings_of, summary_table
-from harness.terminal import console, shown
+from harness.display.terminal import console, shown
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["judge_adapters", "print_adapters"]

@@ -17,10 +17,10 @@ from harness.bench.cells import METRICS, CellResult
 from harness.bench.gate import Change
 from harness.bench.overhead import OverheadRow, decoding_rows, overhead_rows
 from harness.bench.results import Results, as_benchmark_json
-from harness.markdown import inline, table
-from harness.page import cell as show
-from harness.page import image_uri, render
-from harness.staging import staged_folder
+from harness.display.markdown import inline, table
+from harness.display.page import cell as show
+from harness.display.page import image_uri, render
+from harness.files.staging import staged_folder
 from harness.verdict import Outcome, Verdict, overall
 
 __all__ = [

@@ -8,9 +8,9 @@ from rich import box
 from rich.table import Table
 
 from harness.bench.overhead import decoding_rows, overhead_rows
-from harness.page import cell as show
+from harness.display.page import cell as show
+from harness.display.terminal import shown
 from harness.report.latency import LatencyReport, cell_rows, label, markers
-from harness.terminal import shown
 
 if TYPE_CHECKING:
     from rich.console import Console

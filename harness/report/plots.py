@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from harness.bench.cells import CellResult
 from harness.bench.overhead import overhead_rows
 from harness.bench.results import Results
-from harness.drawing import COLOURS, GREY, STYLES, Figure, Plot, drawn, plain
+from harness.display.drawing import COLOURS, GREY, STYLES, Figure, Plot, drawn, plain
 
 __all__ = ["draw_latency"]
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.display.pieces import joined_pieces
 from harness.errors import InputError
 from harness.pending import Broken, Case, Decided, Position, Record, Records
-from harness.pieces import joined_pieces
 from harness.verdict import Outcome
 
 __all__ = [

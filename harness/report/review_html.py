@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.display.page import render
+from harness.display.terminal import shown
+from harness.display.textdiff import Change, word_diff
 from harness.errors import InputError
-from harness.page import render
 from harness.pending import Case, Position, Record, Records, read_case, stack_conditions
 from harness.report.review import (
     SIGNS,
@@ -30,8 +32,6 @@ from harness.report.review import (
     summary,
     unread,
 )
-from harness.terminal import shown
-from harness.textdiff import Change, word_diff
 
 __all__ = ["as_html"]
 

@@ -12,8 +12,10 @@ import html
 import re
 from collections.abc import Iterable
 
+from harness.display.markdown import code_block
+from harness.display.terminal import shown
+from harness.display.textdiff import word_diff_line
 from harness.errors import InputError
-from harness.markdown import code_block
 from harness.pending import Case, Record, Records, read_case
 from harness.report.review import (
     SIGNS,
@@ -28,8 +30,6 @@ from harness.report.review import (
     summary,
     unread,
 )
-from harness.terminal import shown
-from harness.textdiff import word_diff_line
 from harness.verdict import Outcome
 
 __all__ = ["LIMIT", "MARKER", "annotation_lines", "as_markdown", "length"]

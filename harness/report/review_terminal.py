@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.display.terminal import shown
+from harness.display.textdiff import Change, word_diff
 from harness.errors import InputError
 from harness.pending import Case, Position, Record, Records, read_case
 from harness.report.review import (
@@ -34,8 +36,6 @@ from harness.report.review import (
     summary,
     unread,
 )
-from harness.terminal import shown
-from harness.textdiff import Change, word_diff
 from harness.verdict import Outcome
 
 __all__ = ["Choices", "ask", "print_case", "print_grid", "print_review", "single_keys"]

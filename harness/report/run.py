@@ -16,12 +16,12 @@ from typing import Any
 
 from harness.adapter_files import adapter_digest
 from harness.completion import Completion, Prompt
-from harness.markdown import code_block, inline, table
+from harness.display.markdown import code_block, inline, table
+from harness.display.textdiff import word_diff_line
+from harness.files.staging import staged_folder
 from harness.preset import Preset
 from harness.stack import AdapterStack
-from harness.staging import staged_folder
 from harness.stopping.judging import judge_stopping
-from harness.textdiff import word_diff_line
 from harness.verdict import Outcome, Verdict, judge_effect, overall
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The stopping report as JSON, Markdown and a self-contained HTML page.
 
-Prompts and model outputs are foreign text, which `harness.page` and `harness.markdown` make inert.
-Knows nothing of how the figures came about.
+Prompts and model outputs are foreign text, which `harness.display` makes inert. Knows nothing of
+how the figures came about.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.page import image_uri, render
-from harness.plain_values import plain
-from harness.staging import staged_folder
+from harness.display.page import image_uri, render
+from harness.display.plain_values import plain
+from harness.files.staging import staged_folder
 from harness.stopping.values import StoppingReport
 
 if TYPE_CHECKING:
-    from harness.drawing import Plot
+    from harness.display.drawing import Plot
 
 __all__ = ["as_json", "tables", "write_stopping"]
 

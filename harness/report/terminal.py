@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from harness.display.terminal import shown
+from harness.display.textdiff import Change, word_diff
 from harness.report.run import RunReport, completions_of, mode_rows
-from harness.terminal import shown
-from harness.textdiff import Change, word_diff
 
 if TYPE_CHECKING:
     from harness.completion import Application, Completion

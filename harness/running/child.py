@@ -15,11 +15,11 @@ import sys
 from dataclasses import replace
 
 from harness.completion import Completion
+from harness.display.terminal import shown
 from harness.errors import InputError
 from harness.running.collected import Collected, Request
 from harness.running.in_process import run_here
 from harness.running.messages import as_line, completion_message
-from harness.terminal import shown
 
 __all__ = ["main"]
 

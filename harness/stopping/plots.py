@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.drawing import COLOURS, GREY, MISSING, STYLES, Figure, Plot, drawn, plain
+from harness.display.drawing import COLOURS, GREY, MISSING, STYLES, Figure, Plot, drawn, plain
 from harness.stopping.sweep import Sweep
 from harness.stopping.values import StoppingReport, quartiles
 

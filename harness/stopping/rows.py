@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from harness.adapter_files import AdapterFiles
 from harness.checkpoint_files import CheckpointFiles
 from harness.ending import EndingFiles
+from harness.files.tensor_files import same_bytes
 from harness.stopping.causes import CauseKind, Finding
-from harness.tensor_files import same_bytes
 from harness.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
-from harness.file_kinds import regular_file
+from harness.files.file_kinds import regular_file
 from harness.stopping.causes import Cause, CauseKind
 from harness.verdict import Outcome, Verdict
 

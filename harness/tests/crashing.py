@@ -47,7 +47,7 @@ def _litter(folder: Path) -> list[Path]:
 
 def _sweep(folder: Path) -> None:
     """What the next writer does in each of the folders, a minute later."""
-    from harness.staging import check_place
+    from harness.files.staging import check_place
 
     old = time.time() - 60
     for entry in _litter(folder):

@@ -39,13 +39,13 @@ class Writer:
 
 
 def _bytes(folder: Path, letter: bytes) -> None:
-    from harness.staging import write_bytes
+    from harness.files.staging import write_bytes
 
     write_bytes(folder / "deep" / "file", letter * 100_000)
 
 
 def _folder(folder: Path, letter: str) -> None:
-    from harness.staging import staged_folder
+    from harness.files.staging import staged_folder
 
     with staged_folder(folder / "out", replace=True) as staged:
         (staged / "below").mkdir()
@@ -54,7 +54,7 @@ def _folder(folder: Path, letter: str) -> None:
 
 
 def _without_exchange(folder: Path) -> None:
-    from harness import staging
+    from harness.files import staging
 
     real = staging._exchange
     staging._exchange = lambda first, second: False
@@ -199,7 +199,7 @@ def _pages(inputs: Path) -> tuple[str, str]:
 
 
 def _review_pages(pages: tuple[str, str], folder: Path) -> None:
-    from harness.staging import write_text
+    from harness.files.staging import write_text
 
     write_text(folder / "review.html", pages[0])
     write_text(folder / "review.md", pages[1])
@@ -218,7 +218,7 @@ def _benchmark_file(folder: Path, value: int) -> None:
 
 
 def _digests(inputs: Path, folder: Path) -> None:
-    from harness.digests import file_digests
+    from harness.files.digests import file_digests
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     assert file_digests([inputs / "large"]) == {inputs / "large": _LARGE_SHA256}

@@ -45,7 +45,7 @@ def _is_writing(mode: str) -> bool:
 @contextlib.contextmanager
 def interposed(hook: Hook) -> Iterator[None]:
     """Call `hook(name, half)` before each call; `half()` does half of a write, or nothing."""
-    from harness import staging
+    from harness.files import staging
 
     real_open, real_os = io.open, {name: getattr(os, name) for name in MAKING | _REMOVING
                                    if hasattr(os, name)}  # fmt: skip

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness.completion import Prompt
+from harness.files.staging import check_place
 from harness.snapshot import read_snapshot, snapshot_of, write_form
 from harness.snapshot_files import evidence_of, read_pair, write_pair
-from harness.staging import check_place
 from harness.tests.values import completion
 
 _TOKENS = 400

@@ -223,7 +223,7 @@ def test_a_child_that_stands_still_is_not_waited_for(folders, monkeypatch, capsy
     def stands_still(*_, **__):
         raise subprocess.TimeoutExpired("python", 120, output=b"0\n1\n")
 
-    from harness.patterns import SLOW, pattern_fault
+    from harness.files.patterns import SLOW, pattern_fault
 
     monkeypatch.setattr(subprocess, "run", stands_still)
     assert pattern_fault(["(a)*", "(b)*", "(c)*"], ["x"]) == ("(b)*", SLOW)

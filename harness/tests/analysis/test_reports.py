@@ -201,7 +201,7 @@ def test_without_matplotlib_there_are_figures_and_no_plots(
     from harness.analysis.running import draw
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "harness.drawing", raising=False)
+    monkeypatch.delitem(sys.modules, "harness.display.drawing", raising=False)
     monkeypatch.delitem(sys.modules, "harness.analysis.plots", raising=False)
     monkeypatch.delattr("harness.analysis.plots", raising=False)
     folder = layered_adapter(tmp_path / "a", seed=1)

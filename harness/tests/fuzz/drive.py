@@ -33,8 +33,8 @@ def main() -> None:
     import safetensors  # noqa: F401
 
     with atheris.instrument_imports(include=["harness"]):
-        import harness.strict_json
-        import harness.tensor_files  # noqa: F401
+        import harness.files.strict_json
+        import harness.files.tensor_files  # noqa: F401
         from harness.tests.fuzz.readers import TARGETS
 
     check = TARGETS[target]

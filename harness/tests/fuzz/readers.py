@@ -23,7 +23,7 @@ def check_json(data: bytes, scratch: Path) -> bool:
         AssertionError: accepted, but the standard library reads something else, or a refusal that
             is not one line.
     """
-    from harness.strict_json import parse_json_object
+    from harness.files.strict_json import parse_json_object
 
     try:
         found = parse_json_object(data, where="fuzz.json")
@@ -56,7 +56,7 @@ def check_header(data: bytes, scratch: Path) -> bool:
     """
     import safetensors
 
-    from harness.tensor_files import read_tensor_file
+    from harness.files.tensor_files import read_tensor_file
 
     content = file_of(data)
     path = scratch / "fuzz.safetensors"

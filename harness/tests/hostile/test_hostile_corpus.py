@@ -43,7 +43,7 @@ def folders(sound_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     # A child's limits on processor time: what hangs, hangs for less.
-    monkeypatch.setattr("harness.patterns._CPU_SECONDS", 1)
+    monkeypatch.setattr("harness.files.patterns._CPU_SECONDS", 1)
     monkeypatch.setattr("harness.template_probe._CPU_SECONDS", 1)
     return Folders(tmp_path / "case", sound_folders)
 

@@ -127,7 +127,7 @@ class _Tags(HTMLParser):
 @quick
 @given(text=texts)
 def test_in_a_page_it_is_text(text, tmp_path_factory):
-    from harness.page import render
+    from harness.display.page import render
 
     folder = tmp_path_factory.mktemp("page")
     (folder / "cell.html.jinja").write_text(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.completion import Application, Completion, GenerationSettings, Prompt, StopReason
-from harness.markdown import code_block, inline, table
+from harness.display.markdown import code_block, inline, table
 from harness.preset import Preset
 from harness.report.run import RunReport, as_json, as_markdown, judge_run, write_run
 from harness.resolve import resolve_stack

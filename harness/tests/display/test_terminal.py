@@ -5,7 +5,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.terminal import shown
+from harness.display.terminal import shown
 
 
 @given(st.text())

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from harness import digests
-from harness.digests import cache_folder, combined_digest, file_digests
 from harness.errors import InputError
+from harness.files import digests
+from harness.files.digests import cache_folder, combined_digest, file_digests
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness.errors import InputError
-from harness.staging import write_text
+from harness.files.staging import write_text
 
 __all__ = ["cache_folder", "combined_digest", "file_digests", "text_digest"]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.completion import StopReason
-from harness.plain_values import plain
+from harness.display.plain_values import plain
 
 
 class Odd(Enum):

@@ -6,7 +6,12 @@ import os
 import pytest
 
 from harness.errors import InputError
-from harness.strict_json import parse_json_object, read_json_object, read_small_text, read_toml
+from harness.files.strict_json import (
+    parse_json_object,
+    read_json_object,
+    read_small_text,
+    read_toml,
+)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from harness.terminal import shown
+from harness.display.terminal import shown
 
 __all__ = ["code_block", "inline", "table"]
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.tensor_files import read_tensor_file
-from harness.tensor_values import value_ranges
+from harness.files.tensor_files import read_tensor_file
+from harness.files.tensor_values import value_ranges
 from harness.tests.hostile.folders import write_header
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -40,7 +40,7 @@ def test_range_is_that_of_the_decoded_numbers(file, dtype, data):
 
 
 def test_tensor_of_several_blocks_is_read_to_its_end(file, monkeypatch):
-    monkeypatch.setattr("harness.tensor_values._BLOCK_BYTES", 64)
+    monkeypatch.setattr("harness.files.tensor_values._BLOCK_BYTES", 64)
     numbers = np.arange(100, dtype=np.float32)
     numbers[97] = -1000
     entry = {"dtype": "F32", "shape": [10, 10], "data_offsets": [0, 400]}

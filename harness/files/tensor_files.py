@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError, combined, enough, gathering, quoted
-from harness.file_kinds import foreign_format, regular_file
-from harness.strict_json import MAX_JSON_BYTES, parse_json_object
+from harness.files.file_kinds import foreign_format, regular_file
+from harness.files.strict_json import MAX_JSON_BYTES, parse_json_object
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from harness.pieces import joined_pieces, token_piece
+from harness.display.pieces import joined_pieces, token_piece
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import InputError
-from harness.tensor_files import read_tensor_file, same_bytes
+from harness.files.tensor_files import read_tensor_file, same_bytes
 
 
 def written(path, header, data=b"", length=None):
@@ -136,7 +136,7 @@ def test_tensor_that_begins_at_an_odd_byte_is_read(tmp_path):
 
 
 def test_same_bytes_are_the_same_size_and_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.tensor_files._BLOCK_BYTES", 3)
+    monkeypatch.setattr("harness.files.tensor_files._BLOCK_BYTES", 3)
     header = {"a": entry(), "b": entry("F32", (2,), (4, 12)), "c": entry("F32", (1,), (12, 16))}
     path = written(tmp_path / "x.safetensors", header, b"1234" + b"12341234" + b"1235")
     file = read_tensor_file(path, what="weights")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from harness.errors import InputError
-from harness.staging import new_run_folder, staged_folder, write_bytes, write_text
+from harness.files.staging import new_run_folder, staged_folder, write_bytes, write_text
 
 
 def test_text_is_written_with_its_folder(tmp_path):
@@ -44,7 +44,7 @@ def test_failure_leaves_the_old_folder_and_no_litter(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_replacing_leaves_only_the_new_folder(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr("harness.staging._exchange", lambda *_: False)
+        monkeypatch.setattr("harness.files.staging._exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with staged_folder(tmp_path / "out", replace=True) as staged:
@@ -72,7 +72,7 @@ def test_unwritable_place_is_named(tmp_path):
 
 def test_killed_writer_leaves_nothing_visible_and_is_swept(tmp_path):
     code = (
-        "import sys, time, pathlib; from harness.staging import staged_folder\n"
+        "import sys, time, pathlib; from harness.files.staging import staged_folder\n"
         f"with staged_folder(pathlib.Path({str(tmp_path / 'out')!r})) as s:\n"
         "    (s / 'half').write_text('half'); print('ready', flush=True); time.sleep(60)\n"
     )
@@ -96,7 +96,7 @@ def test_run_folders_do_not_collide(tmp_path):
 
 
 def test_place_is_checked_before_work_and_left_as_it_was(tmp_path):
-    from harness.staging import check_place
+    from harness.files.staging import check_place
 
     check_place(tmp_path / "new" / "out")
     assert os.listdir(tmp_path) == []
@@ -149,7 +149,7 @@ def test_what_was_put_aside_and_never_replaced_comes_back(tmp_path):
 def test_without_an_exchange_a_failed_second_step_puts_the_old_back(tmp_path, monkeypatch):
     import errno
 
-    from harness import staging
+    from harness.files import staging
 
     monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
@@ -176,7 +176,7 @@ def test_where_the_system_knows_no_exchange_two_renames_do(tmp_path, monkeypatch
     import ctypes
     import errno
 
-    from harness import staging
+    from harness.files import staging
 
     class Libc:
         def __init__(self, code):
@@ -192,7 +192,7 @@ def test_where_the_system_knows_no_exchange_two_renames_do(tmp_path, monkeypatch
 
 
 def test_an_output_in_an_input_or_around_one_or_a_link_is_refused(tmp_path):
-    from harness.staging import check_place
+    from harness.files.staging import check_place
 
     source = tmp_path / "inputs" / "adapter"
     source.mkdir(parents=True)
@@ -237,7 +237,7 @@ def failing(monkeypatch, name, *, times=1, error=None):
 
 @pytest.mark.parametrize("name", ["open", "flock", "mkdir"])
 def test_a_fault_before_the_first_byte_is_told_and_leaves_nothing(tmp_path, monkeypatch, name):
-    from harness.staging import check_place
+    from harness.files.staging import check_place
 
     if name != "mkdir":
         failing(monkeypatch, name)
@@ -281,7 +281,7 @@ def test_a_file_that_was_swept_before_it_was_locked_is_made_again(tmp_path, monk
 def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
     from pathlib import Path
 
-    from harness.staging import check_place
+    from harness.files.staging import check_place
 
     (tmp_path / "out").mkdir()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import InputError, quoted
-from harness.file_kinds import regular_file
+from harness.files.file_kinds import regular_file
 
 __all__ = [
     "MAX_CONFIG_BYTES",

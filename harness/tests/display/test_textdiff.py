@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.textdiff import Change, split_words, word_diff, word_diff_line
+from harness.display.textdiff import Change, split_words, word_diff, word_diff_line
 
 
 @given(st.text())

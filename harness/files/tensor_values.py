@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from harness.tensor_files import TensorEntry, TensorFile
+from harness.files.tensor_files import TensorEntry, TensorFile
 
 __all__ = ["ValueRange", "value_ranges"]
 

@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.markdown import inline
-from harness.terminal import shown
+from harness.display.markdown import inline
+from harness.display.terminal import shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -24,7 +24,7 @@ _FRAME = Path(__file__).parent / "templates"
 
 
 def render(template: Path, **values: Any) -> str:
-    """The text of *template*, which may extend or import what lies in `harness/templates`.
+    """The text of *template*, which may extend or import what lies in `harness/display/templates`.
 
     Names that contain `.html` are escaped by jinja2; Markdown templates pass every foreign text
     through the filter `md`. The filter `show` is `cell`. An undefined name is an error.
