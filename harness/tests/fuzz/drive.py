@@ -3,7 +3,8 @@
     python -m harness.tests.fuzz.drive header|json [libFuzzer options] [a folder for new inputs]
 
 Needs atheris (`pip install lora-stack-harness[fuzz]`). What crashes is written to the working
-folder; put into `corpus/header/` or `corpus/json/` it is replayed in the fast tests.
+folder; put into `corpus/header/` or `corpus/json/` it is replayed in the fast tests. New inputs are
+forgotten unless a folder for them is named; the corpus itself is only read.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ def main() -> None:
             "".join('"' + word.replace('"', "\\x22") + '"\n' for word in _WORDS[target])
         )
 
+        fresh = scratch / "new"  # libFuzzer writes into the first folder that it is given
+        fresh.mkdir()
+        named = any(not argument.startswith("-") for argument in arguments)
+        folders = [str(CORPUS / target)] if named else [str(fresh), str(CORPUS / target)]
+
         def once(data: bytes) -> None:
             check(data, scratch)
 
-        atheris.Setup(
-            [sys.argv[0], f"-dict={words}", "-max_len=2048", *arguments, str(CORPUS / target)], once
-        )
+        atheris.Setup([sys.argv[0], f"-dict={words}", "-max_len=2048", *arguments, *folders], once)
         atheris.Fuzz()
 
 
