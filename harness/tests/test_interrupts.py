@@ -9,6 +9,14 @@ import pytest
 from harness.interrupts import Terminated, exit_code, postponed, terminable
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """A shell's background job inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_sigterm_is_an_exception_within_the_block_and_as_before_after():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated) as caught, terminable():

@@ -154,8 +154,13 @@ def test_an_interrupt_before_the_first_look_loses_nothing_that_was_told(run, mon
             yield process, reader
 
     monkeypatch.setattr(isolated, "_child", told_all)
-    with pytest.raises(KeyboardInterrupt):
-        run("style=7:kill", collected=collected)
+    # A shell's background job inherits an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("style=7:kill", collected=collected)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert collected.ran == 15
 
 
