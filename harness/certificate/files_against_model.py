@@ -173,7 +173,13 @@ def _module(tensor: str) -> str:
 
 
 def _other_tensors(live: LiveModel, claim: Claim, layered: set[str]) -> Iterator[WeightFinding]:
-    """Norms, biases, routers, fused experts: whatever no layer above has covered."""
+    """Norms, biases, routers, fused experts: whatever no layer above has covered, either way."""
+    bare: Any = live.bare
+    ignored = getattr(bare, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for name in claim.unclaimed((*live.tensors, *live.buffers), ignored):
+        yield WeightFinding(
+            name=name, equal=False, units=0.0, cause="the files have it and the model does not"
+        )
     for name, tensor in live.tensors.items():
         if name in layered:
             continue

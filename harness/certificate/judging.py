@@ -54,6 +54,7 @@ def judge_model(
         live,
         claim.checkpoint,
         [adapter.path for adapter in stack.adapters],
+        mode=claim.mode,
         tokenizer=tokenizer,
         prompts=list(prompts or DEFAULT_PROMPTS),
         generation=generation,
