@@ -30,6 +30,7 @@ from harness.ending import PROBE_TURNS, behind_answer, declared_eos, eos_ids
 from harness.engines.inspection import LiveModel
 from harness.errors import InputError
 from harness.stack import Mode
+from harness.strict_json import read_json_object
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["CACHE", "DECODING", "EOS", "LENGTH", "PADDING", "TEMPLATE", "TOKENS", "check_settings"]
@@ -74,13 +75,14 @@ def check_settings(
     given = _as_mapping(generation)
     config: Any = getattr(live.bare, "generation_config", None)
     own = {} if config is None else config.to_dict()
+    stored = _stored(checkpoint.folder)
     declared = isinstance(generation, GenerationSettings)
     verdicts = [
         _eos(checkpoint, tokenizer, given, own, _vocabulary(live), prompts),
         check_padding(tokenizer, prompts, given, own, _vocabulary(live)),
-        _decoding(given, own, declared, mode),
-        _length(live, tokenizer, prompts, given, own, generation is not None),
-        _cache(given, own),
+        _decoding(given, own, stored, declared, mode),
+        _length(live, tokenizer, prompts, given, stored | _said(own), generation is not None),
+        _cache(given, stored | _said(own)),
     ]
     if tokenizer is None:
         reason = ("no tokenizer was given",)
@@ -93,6 +95,16 @@ def check_settings(
         check_template(tokenizer, fresh, adapters),
         check_tokens(tokenizer, fresh, prompts, given, _vocabulary(live)),
     ]
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """`generation_config.json`, which acts wherever the checkpoint is loaded, if not here."""
+    path = folder / "generation_config.json"
+    return read_json_object(path, what=path.name) if path.is_file() else {}
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _as_mapping(generation: Any) -> dict[str, Any]:
@@ -196,7 +208,11 @@ def _end_of_turn(tokenizer: Any, prompts: Sequence[Prompt | str]) -> int | None:
 
 
 def _decoding(
-    given: Mapping[str, Any], own: Mapping[str, Any], declared: bool, mode: Mode
+    given: Mapping[str, Any],
+    own: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    declared: bool,
+    mode: Mode,
 ) -> Verdict:
     faults = [f"{key} is passed: {why}" for key, why in _ELSE.items() if given.get(key) is not None]
     names = {str(name) for name in given.get("adapter_names") or ()}
@@ -213,10 +229,13 @@ def _decoding(
     elif sampling and not declared and not given.get("do_sample"):
         faults.append("the model's generation config samples (do_sample), the call does not say so")
     for key, neutral in _NEUTRAL.items():
-        value = effective(key, given, own)
+        value, where = effective(key, given, own), "the model's generation config"
+        if given.get(key) is not None:
+            where = "the call"
+        elif value is None:
+            value, where = stored.get(key), "generation_config.json"
         if value is None or value in neutral or value == [] or (declared and key in given):
             continue
-        where = "the call" if given.get(key) is not None else "the model's generation config"
         faults.append(f"{key} = {value!r} in {where}: not the likeliest token any more")
     if faults:
         return failed(

@@ -34,6 +34,7 @@ from harness.verdict import Outcome, Verdict
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
     from harness.stopping.blame import Blame
+    from harness.stopping.training_data import DatasetFigures
 
 __all__ = ["examine_stopping"]
 
@@ -84,11 +85,14 @@ def examine_stopping(
         if not prompts:
             raise InputError("an engine needs prompts", where="examine_stopping",
                              remedy="pass prompts=load_preset(…).prompts")  # fmt: skip
-        _generate(case, prompts, settings or GenerationSettings(), modes)
     else:
         _take(case, source, modes)
     case.stack = case.stack or (case.engine.stack if case.engine else None)
+    # What can be refused is refused before anything is generated.
     case.read_files(Path(merged) if merged is not None else None)
+    training = None if dataset is None else _training_data(case, Path(dataset), labels)
+    if case.engine is source:
+        _generate(case, prompts or (), settings or GenerationSettings(), modes)
     for mode, said in case.said.items():
         case.figure(mode, said)
     case.judge()
@@ -102,8 +106,9 @@ def examine_stopping(
     report = case.report()
     if sweep and case.engine is not None and prompts:
         report = replace(report, sweep=case.try_weights(prompts, settings or GenerationSettings()))
-    if dataset is not None:
-        report = _with_dataset(report, case, Path(dataset), labels)
+    if training is not None:
+        causes = (training.cause,) if training.cause is not None else ()
+        report = replace(report, dataset=training, causes=(*report.causes, *causes))
     return report
 
 
@@ -381,6 +386,11 @@ class _Case:
         )
 
     def report(self) -> StoppingReport:
+        if self.said and not self.verdicts:
+            self.notes.append(
+                "no mode declares how it must end: its figures are reported and not judged; "
+                "declare [stops] in the stack's TOML"
+            )
         total = sum(figures.total for figures in self.figures.values())
         made = "generated" if self.generated else "given"
         return StoppingReport(
@@ -399,9 +409,7 @@ class _Case:
         )
 
 
-def _with_dataset(
-    report: StoppingReport, case: _Case, dataset: Path, labels: str
-) -> StoppingReport:
+def _training_data(case: _Case, dataset: Path, labels: str) -> DatasetFigures:
     from harness.engines.described import fresh_tokenizer
     from harness.stopping.training_data import check_training_data
 
@@ -410,6 +418,4 @@ def _with_dataset(
             "training data needs a stack, whose tokenizer reads it", where="examine_stopping"
         )
     tokenizer = case.engine.tokenizer if case.engine else fresh_tokenizer(case.stack.base.path)
-    found = check_training_data(dataset, tokenizer, stops=case.stop_ids, labels=labels)
-    cause = (found.cause,) if found.cause is not None else ()
-    return replace(report, dataset=found, causes=(*report.causes, *cause))
+    return check_training_data(dataset, tokenizer, stops=case.stop_ids, labels=labels)

@@ -199,6 +199,25 @@ def test_report_is_written_whole_and_inert(report, tmp_path):
     assert "# stopping of" in (folder / "report.md").read_text()
 
 
+def test_modes_that_declare_nothing_are_said_to_be_unjudged(no_generation, report):
+    said = {"stacked": ()}
+    for stops, noted in (({}, True), ({"stacked": "always"}, False)):
+        found = stopping.examine_stopping(said, stack=no_generation.stack, stops=stops)
+        assert any("not judged" in note for note in found.notes) == noted
+    assert not any("not judged" in note for note in report.notes)
+
+
+def test_what_is_refused_is_refused_before_anything_is_generated(no_generation, prompts, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    for wrong in (
+        {"dataset": tmp_path / "nowhere.jsonl"},
+        {"dataset": tmp_path / "data.jsonl", "labels": "asistant"},
+        {"merged": tmp_path / "nowhere"},
+    ):
+        with pytest.raises(InputError):
+            stopping.examine_stopping(no_generation, prompts=prompts, **wrong)
+
+
 def test_engine_without_prompts_is_refused(embedded_engine):
     with pytest.raises(InputError, match="needs prompts"):
         stopping.examine_stopping(embedded_engine)
