@@ -146,8 +146,8 @@ def _take(case: _Case, source: Any, modes: Sequence[Mode | str] | None) -> None:
         case.said = {mode: found for mode, found in case.said.items() if mode in wanted}
 
 
-def _said(source: Iterable[Any]) -> Iterable[Said]:
-    for one in source:
+def _said(source: Any) -> Iterable[Said]:
+    for one in source if isinstance(source, Iterable) else (source,):
         if not isinstance(one, Completion | Snapshot):
             raise InputError(
                 f"{type(one).__name__} is neither an engine, a completion nor a snapshot",
@@ -386,6 +386,11 @@ class _Case:
         )
 
     def report(self) -> StoppingReport:
+        declared = self.stops if self.stops is not None else self.stack.stops if self.stack else {}
+        known = [mode.name for mode in self.stack.modes] if self.stack else []
+        absent = [mode for mode in declared if mode in known and mode not in self.said]
+        if self.said and absent:
+            self.notes.append(f"not examined, though declared: {', '.join(absent)}")
         if self.said and not self.verdicts:
             self.notes.append(
                 "no mode declares how it must end: its figures are reported and not judged; "

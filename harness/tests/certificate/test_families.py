@@ -157,3 +157,16 @@ def test_checks_that_need_a_tokenizer_say_that_none_was_given(subject):
         assert certificate.check(name).outcome == "skipped"
         assert "no tokenizer was given" in certificate.check(name).evidence[0]
     assert "tokenizer" not in certificate.check("EOS ids").evidence[0]
+
+
+def test_what_is_no_stack_or_prompt_is_bad_input(subject):
+    from harness import InputError, certify_stack
+
+    with pytest.raises(InputError, match="str is no stack"):
+        certify_stack(subject.model, "stack.toml")
+    with pytest.raises(InputError, match="list is no prompt"):
+        certify_stack(subject.model, subject.stack, prompts=[["a"]])
+    subject.prompts = "one two three"  # one prompt, not thirteen
+    assert subject.certify(end_to_end=False).figures["prompt_tokens"] == len(subject.prompts)
+    subject.prompts = (subject.prompts,)
+    assert subject.certify(end_to_end=False).figures["prompt_tokens"] == len(subject.prompts[0])

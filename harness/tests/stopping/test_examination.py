@@ -204,6 +204,8 @@ def test_modes_that_declare_nothing_are_said_to_be_unjudged(no_generation, repor
     for stops, noted in (({}, True), ({"stacked": "always"}, False)):
         found = stopping.examine_stopping(said, stack=no_generation.stack, stops=stops)
         assert any("not judged" in note for note in found.notes) == noted
+    found = stopping.examine_stopping(said, stack=no_generation.stack)
+    assert "not examined, though declared: base, style" in found.notes
     assert not any("not judged" in note for note in report.notes)
 
 
@@ -221,6 +223,8 @@ def test_what_is_refused_is_refused_before_anything_is_generated(no_generation, 
 def test_engine_without_prompts_is_refused(embedded_engine):
     with pytest.raises(InputError, match="needs prompts"):
         stopping.examine_stopping(embedded_engine)
+    with pytest.raises(InputError, match="NoneType is neither an engine"):
+        stopping.examine_stopping(None)
     with pytest.raises(InputError, match="neither an engine"):
         stopping.examine_stopping([GenerationSettings()])
 
