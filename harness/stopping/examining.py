@@ -89,6 +89,9 @@ def examine_stopping(
         _take(case, source, modes)
     case.stack = case.stack or (case.engine.stack if case.engine else None)
     # What can be refused is refused before anything is generated.
+    if (samples or sweep) and (case.engine is None or not prompts):
+        raise InputError("samples and a sweep generate", where="examine_stopping",
+                         remedy="give an engine, and prompts")  # fmt: skip
     case.read_files(Path(merged) if merged is not None else None)
     training = None if dataset is None else _training_data(case, Path(dataset), labels)
     if case.engine is source:
@@ -101,11 +104,12 @@ def examine_stopping(
         if blame:
             case.assign_blame()
     case.find_causes()
-    if samples and case.engine is not None and prompts:
+    if samples and prompts:
         case.sample(prompts, settings or GenerationSettings(), samples)
-    report = case.report()
-    if sweep and case.engine is not None and prompts:
-        report = replace(report, sweep=case.try_weights(prompts, settings or GenerationSettings()))
+    swept = None
+    if sweep and prompts:
+        swept = case.try_weights(prompts, settings or GenerationSettings())
+    report = replace(case.report(), sweep=swept)
     if training is not None:
         causes = (training.cause,) if training.cause is not None else ()
         report = replace(report, dataset=training, causes=(*report.causes, *causes))

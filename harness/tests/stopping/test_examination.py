@@ -220,7 +220,26 @@ def test_what_is_refused_is_refused_before_anything_is_generated(no_generation, 
             stopping.examine_stopping(no_generation, prompts=prompts, **wrong)
 
 
+def test_sweep_of_a_single_adapter_is_said_to_need_two(prompts, held_out):
+    from harness.embedded import embedded_folder
+    from harness.engines import load_engine
+    from harness.resolve import resolve_stack
+
+    stages = embedded_folder() / "stages"
+    adapters = {"lora": stages / "stage2_instruct_new_adapter"}
+    stack = resolve_stack(base_model=stages / "base", adapters=adapters)
+    with load_engine(stack, device="cpu", dtype="float32") as engine:
+        report = stopping.examine_stopping(
+            engine, prompts=prompts[:1], settings=held_out.settings, modes=["lora"], sweep=True
+        )
+    assert report.sweep is None
+    assert "a weight sweep needs two adapters" in report.notes
+
+
 def test_engine_without_prompts_is_refused(embedded_engine):
+    for more in ({"samples": 2}, {"sweep": True}):
+        with pytest.raises(InputError, match="give an engine, and prompts"):
+            stopping.examine_stopping({"stacked": ()}, engine=embedded_engine, **more)
     with pytest.raises(InputError, match="needs prompts"):
         stopping.examine_stopping(embedded_engine)
     with pytest.raises(InputError, match="NoneType is neither an engine"):
