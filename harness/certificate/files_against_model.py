@@ -180,9 +180,15 @@ def _other_tensors(live: LiveModel, claim: Claim, layered: set[str]) -> Iterator
         yield WeightFinding(
             name=name, equal=False, units=0.0, cause="the files have it and the model does not"
         )
+    finest = min(
+        (layer.weight.dtype for layer in live.layers.values()),
+        key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32,
+    )  # fmt: skip
     for name, tensor in live.tensors.items():
         if name in layered:
             continue
+        if torch.finfo(tensor.dtype).eps > torch.finfo(finest).eps:
+            tensor = tensor.to(finest)  # one that was cast alone has lost what the others have
         parts = claim.parts(name)
         if not parts:
             yield WeightFinding(

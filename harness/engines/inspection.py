@@ -180,11 +180,16 @@ def read_live(model: Any) -> LiveModel:
     if not isinstance(bare, nn.Module):
         raise InputError(f"{type(model).__name__} holds no torch model", where="model")
     _refuse_quantised(bare)
-    wrappers = [m for m in _wrappers(model) if tuple(_patches(m))]
+    around = list(_wrappers(model))
+    wrappers = [m for m in around if tuple(_patches(m))]
     layers: dict[str, LiveLayer] = {}
     modules: dict[str, nn.Module] = {}
     hooked: dict[str, tuple[str, ...]] = {}
-    foreign: list[Foreign] = []
+    foreign = [  # vectors that PEFT puts before every prompt
+        Foreign(name="", kind=type(encoder).__name__)
+        for wrapper in around
+        for encoder in getattr(wrapper, "prompt_encoder", {}).values()
+    ]
     inside_lora: set[str] = set()
     for name, module in bare.named_modules(remove_duplicate=False):
         if _within(name, inside_lora):

@@ -291,6 +291,16 @@ def a_whole_module_replaced(s):
     s.model.base_model.set_adapter(["style", "instruct"])
 
 
+@fault(ADAPTERS, "a PromptEmbedding of PEFT acts here")
+def vectors_before_every_prompt(s):
+    from peft import PromptTuningConfig, get_peft_model
+
+    merged = s.model.merge_and_unload()
+    vars(merged).pop("peft_config", None)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    s.model = get_peft_model(merged, config).eval()
+
+
 @fault(EVALUATION, "dropout of 0.1 is on")
 def dropout_left_on(s):
     import torch

@@ -77,6 +77,32 @@ def test_bias_that_is_lost_is_named(tmp_path):
     assert f"{name}.bias: the files have it and the model does not" in found.evidence
 
 
+def test_norm_that_was_cast_alone_is_named(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    stack = write_stack(tmp_path)
+    file = stack.base.path / "model.safetensors"
+    # The tiny base's norms are ones, which a cast leaves alone.
+    norm = torch.linspace(0.9, 1.1, 32)
+    save_file(load_file(file) | {"model.norm.weight": norm}, file, metadata={"format": "pt"})
+    subject = load_live(stack)
+    assert subject.certify(end_to_end=False).passed
+    subject.layer("model.norm").to(torch.bfloat16)
+    found = subject.certify(end_to_end=False).check(WEIGHTS)
+    assert found.outcome == "failed"
+    assert "model.norm.weight: it was rounded through bfloat16" in found.evidence
+
+
+def test_layer_that_stands_in_for_another_is_named_and_left_as_it_was(subject):
+    layers = subject.bare.model.layers
+    layers[1] = layers[0]
+    certificate = subject.certify()
+    assert certificate.check("architecture").outcome == "failed"
+    assert certificate.check(WEIGHTS).outcome == "failed"
+    assert not any("forward" in vars(module) for module in subject.bare.modules())
+
+
 def test_buffers_that_no_file_holds_are_computed_from_the_config(gemma):
     from harness import certify_stack
 
