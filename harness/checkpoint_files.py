@@ -67,6 +67,18 @@ class CheckpointFiles:
         unsaid = self.config.get("model_type") in _TIED_UNSAID
         return bool(self.config.get("tie_word_embeddings", unsaid))
 
+    def refuse_quantised(self) -> None:
+        """Raise `InputError` for weights that are stored quantised: they are nobody's truth."""
+        said = self.config.get("quantization_config")
+        if said:
+            method = said.get("quant_method") if isinstance(said, Mapping) else said
+            raise InputError(
+                f"quantization_config: the base is quantised ({quoted(method)}); a live model "
+                "cannot be held against such weights",
+                where=self.folder / "config.json",
+                remedy="give the base that was not quantised, and load it in bfloat16 or float32",
+            )
+
     def entry(self, name: str) -> TensorEntry:
         """The header entry of tensor *name*; raises `InputError` if there is none."""
         return self._shard(name).entries[name]

@@ -132,7 +132,8 @@ def read_claim(stack: AdapterStack, mode: Mode | str) -> Claim:
     """Read the headers of the stack's files; the tensors stay on disk.
 
     Raises:
-        InputError: a broken folder, an unknown mode, an adapter that is not additive.
+        InputError: a broken folder, an unknown mode, an adapter that is not additive, a base that
+            is quantised.
     """
     chosen = _mode(stack, mode)
     files = {adapter.name: read_adapter(adapter.path) for adapter in stack.adapters}
@@ -145,10 +146,12 @@ def read_claim(stack: AdapterStack, mode: Mode | str) -> Claim:
                 remedy="only plain LoRA and rsLoRA adapters are additive; see docs/certificate.md",
             )
     weights = dict.fromkeys(files, 0.0) | dict(chosen.weights)
+    checkpoint = read_checkpoint(stack.base.path)
+    checkpoint.refuse_quantised()
     return Claim(
         stack=stack,
         mode=chosen,
-        checkpoint=read_checkpoint(stack.base.path),
+        checkpoint=checkpoint,
         files=files,
         weights=weights,
     )
