@@ -28,7 +28,14 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PREFIXES = ("model.", "transformer.")
 _HEADS = frozenset({"lm_head", "embed_out", "output"})
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+#: Kinds of model that transformers ties where `config.json` does not say: it leaves a class's own
+#: default out, so that Gemma's and GPT-2's folders on the hub have neither the key nor a head.
+_TIED_UNSAID = frozenset(
+    {"bloom", "cohere", "cohere2", "ctrl", "ernie4_5", "falcon", "gemma", "gemma2", "gemma3",
+     "gemma3_text", "gemma3n", "gemma3n_text", "gpt2", "gpt_bigcode", "gpt_neo", "jetmoe", "lfm2",
+     "mpt", "openai-gpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "xglm"}
+)  # fmt: skip
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _AGAIN = "copy the base model again"
 _GENERATION_FILES = (
@@ -57,7 +64,20 @@ class CheckpointFiles:
     @property
     def tied(self) -> bool:
         """Whether the head shares the embedding's weight (`tie_word_embeddings`)."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        unsaid = self.config.get("model_type") in _TIED_UNSAID
+        return bool(self.config.get("tie_word_embeddings", unsaid))
+
+    def refuse_quantised(self) -> None:
+        """Raise `InputError` for weights that are stored quantised: they are nobody's truth."""
+        said = self.config.get("quantization_config")
+        if said:
+            method = said.get("quant_method") if isinstance(said, Mapping) else said
+            raise InputError(
+                f"quantization_config: the base is quantised ({quoted(method)}); a live model "
+                "cannot be held against such weights",
+                where=self.folder / "config.json",
+                remedy="give the base that was not quantised, and load it in bfloat16 or float32",
+            )
 
     def entry(self, name: str) -> TensorEntry:
         """The header entry of tensor *name*; raises `InputError` if there is none."""

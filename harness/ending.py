@@ -7,11 +7,13 @@ transformers. Knows nothing of weights, engines or verdicts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.errors import InputError, quoted
 from harness.files.strict_json import read_json_object
 
 __all__ = [
@@ -32,14 +34,27 @@ PROBE_TURNS = (
     {"role": "assistant", "content": PROBE_ANSWER},
 )
 
+_GENERATION = re.compile(r"(\{%-?\s*)(generation)(\s*-?%\})")
+_END_GENERATION = re.compile(r"(\{%-?\s*)(endgeneration)(\s*-?%\})")
 
-def eos_ids(value: Any) -> tuple[int, ...]:
-    """An `eos_token_id` of a config as a tuple: None, an id, or a list of ids."""
-    if value is None:
+
+def eos_ids(value: Any, *, where: Path | str = "eos_token_id") -> tuple[int, ...]:
+    """An `eos_token_id` of a config as a tuple: None, an id, or a list (or tensor) of ids.
+
+    Raises:
+        InputError: it is something else, e.g. a string or a list in a list.
+    """
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    if plain is None:
         return ()
-    if isinstance(value, int):
-        return (value,)
-    return tuple(int(v) for v in value)
+    found = tuple(plain) if isinstance(plain, list | tuple | set | frozenset) else (plain,)
+    if any(type(number) is not int for number in found):
+        raise InputError(
+            f"eos_token_id: {quoted(value)} is no token id",
+            where=where,
+            remedy="write the id, or a list of ids",
+        )
+    return found
 
 
 def declared_eos(folder: Path, config: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
@@ -47,8 +62,8 @@ def declared_eos(folder: Path, config: Mapping[str, Any]) -> tuple[tuple[int, ..
     path = folder / "generation_config.json"
     if path.is_file():
         found = read_json_object(path, what="generation_config.json").get("eos_token_id")
-        return eos_ids(found), "generation_config.json"
-    return eos_ids(config.get("eos_token_id")), "config.json"
+        return eos_ids(found, where=path), "generation_config.json"
+    return eos_ids(config.get("eos_token_id"), where=folder / "config.json"), "config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +113,10 @@ class EndingFiles:
         pad: the padding id of the generation config, else of the config.
         vocabulary: rows of the embedding by `config.json`; 0 if it does not say.
         turn_end: the added token that the template puts behind an answer, as `(string, id)`.
-        trouble: why the template could not be tried, or None.
+        trouble: why the template could not be tried, or None; `broken` where it does not parse.
+        unopened: what stands before an answer in a conversation, if the prompt for generation
+            ends without it: the template does nothing with `add_generation_prompt`.
+        generation: `generation_config.json`; empty where there is none.
     """
 
     folder: Path
@@ -110,6 +128,9 @@ class EndingFiles:
     tokenizer: TokenizerFiles | None
     turn_end: tuple[str, int] | None
     trouble: str | None = None
+    broken: bool = False
+    unopened: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def turn_ids(self) -> frozenset[int]:
@@ -141,17 +162,20 @@ def read_ending(folder: Path, *, template_from: Iterable[Path] = ()) -> EndingFi
         text.get("vocab_size") if isinstance(text, dict) else 0
     )
     tokenizer = _tokenizer(folder, tuple(template_from))
-    turn_end, trouble = _turn_end(tokenizer)
+    tried = _tried(tokenizer)
     return EndingFiles(
         folder=folder,
         eos=eos,
         source=source,
-        config_eos=eos_ids(config.get("eos_token_id")),
+        config_eos=eos_ids(config.get("eos_token_id"), where=folder / "config.json"),
         pad=pad if isinstance(pad, int) else config.get("pad_token_id"),
         vocabulary=vocabulary if isinstance(vocabulary, int) else 0,
         tokenizer=tokenizer,
-        turn_end=turn_end,
-        trouble=trouble,
+        turn_end=tried.turn_end,
+        trouble=tried.trouble,
+        broken=tried.broken,
+        unopened=tried.unopened,
+        generation=generation,
     )
 
 
@@ -226,11 +250,21 @@ def behind_answer(text: str) -> str:
     return text[text.rfind(PROBE_ANSWER) + len(PROBE_ANSWER) :]
 
 
-def _turn_end(tokenizer: TokenizerFiles | None) -> tuple[tuple[str, int] | None, str | None]:
-    """The added token that the template puts behind an answer, rendered as transformers does."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tried:
+    """What rendering short conversations shows of a template; fields as `EndingFiles`'s."""
+
+    turn_end: tuple[str, int] | None = None
+    trouble: str | None = None
+    broken: bool = False
+    unopened: str | None = None
+
+
+def _tried(tokenizer: TokenizerFiles | None) -> _Tried:
+    """Render the template as transformers does: what is behind an answer, and before it?"""
     if tokenizer is None or tokenizer.template is None:
-        return None, None
-    from jinja2 import TemplateError
+        return _Tried()
+    from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
@@ -240,20 +274,42 @@ def _turn_end(tokenizer: TokenizerFiles | None) -> tuple[tuple[str, int] | None,
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda _: "1 January 2026"}
-    try:
-        text = environment.from_string(tokenizer.template).render(
-            messages=[dict(turn) for turn in PROBE_TURNS],
-            add_generation_prompt=False,
+    # transformers' own tag marks what a trainer learns from, and writes nothing.
+    source = _GENERATION.sub(r"\1if true\3", _END_GENERATION.sub(r"\1endif\3", tokenizer.template))
+
+    def rendered(turns: Sequence[Mapping[str, str]], *, opened: bool) -> str:
+        return template.render(
+            messages=[dict(turn) for turn in turns],
+            add_generation_prompt=opened,
             bos_token="",
             eos_token=tokenizer.eos_token or "",
             pad_token=tokenizer.pad_token or "",
             tools=None,
         )
+
+    try:
+        template = environment.from_string(source)
+        text = rendered(PROBE_TURNS, opened=False)
+        question = [rendered(PROBE_TURNS[:1], opened=opened) for opened in (False, True)]
     except Exception as error:  # templates raise what they like
-        return None, f"{type(error).__name__}: {error}"
+        broken = isinstance(error, TemplateSyntaxError)
+        return _Tried(trouble=f"{type(error).__name__}: {error}", broken=broken)
     behind = behind_answer(text).lstrip()
     found = [token for token in tokenizer.specials if token and behind.startswith(token)]
-    if not found:
-        return None, None
-    token = max(found, key=len)
-    return (token, tokenizer.specials[token]), None
+    token = max(found, key=len, default=None)
+    return _Tried(
+        turn_end=None if token is None else (token, tokenizer.specials[token]),
+        unopened=_unopened(question, text[: text.rfind(PROBE_ANSWER)], tokenizer),
+    )
+
+
+def _unopened(question: Sequence[str], before: str, tokenizer: TokenizerFiles) -> str | None:
+    """What a conversation has between question and answer, where asking for it changes nothing.
+
+    A template whose question's own end opens the answer (`[/INST]`) has nothing there.
+    """
+    plain, opened = question
+    if plain != opened or not before.startswith(opened):
+        return None
+    header = before[len(opened) :]
+    return header if any(token and token in header for token in tokenizer.specials) else None

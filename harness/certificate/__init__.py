@@ -39,14 +39,15 @@ def certify_stack(
         mode: what it is claimed to be in; `stacked` is every adapter at weight 1.
         tokenizer: what will encode the prompts; without it its checks are left out, and random
             token ids probe the layers.
-        prompts: real prompts to probe with; texts, or `Prompt`s.
+        prompts: real prompts to probe with; texts, or `Prompt`s (a single text is one prompt).
         generation: what will be passed to `generate`: a dict of arguments, a `GenerationConfig`,
             or declared `GenerationSettings`.
         end_to_end: whether to run the whole model with the files' adapters in their place (one
             more short forward pass).
 
     Raises:
-        InputError: files that cannot be read or are not additive; a quantised base; no model.
+        InputError: files that cannot be read or are not additive; a quantised base; no model,
+            stack or prompts where they should be.
     """
     from harness.certificate.judging import judge_model
 

@@ -87,7 +87,7 @@ def run_variants(
         ids = torch.tensor([row] * (count + 2) + [beginning])
         logits = forward(live.root, ids, torch.ones_like(ids))
     finally:
-        for module, own in replaced:
+        for module, own in reversed(replaced):  # a shared module is there twice
             del module.forward
             if own is not None:
                 module.forward = own

@@ -7,7 +7,7 @@ The source of truth of every check. Knows the file names that transformers maps 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ __all__ = ["Claim", "Part", "read_claim"]
 
 _PREFIXES = ("model.", "transformer.", "base_model.model.")
 _FUSED = re.compile(r"(?P<experts>.+\.experts)\.(?P<which>gate_up_proj|down_proj)")
+_RENAMED = {"lm_head.weight": "embed_out.weight"}  # of GPT-NeoX
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -76,16 +77,32 @@ class Claim:
             return (Part(index=(), file_name=found, stored=stored),)
         return self._fused(name)
 
+    def unclaimed(self, names: Iterable[str], ignored: Iterable[str] = ()) -> list[str]:
+        """The files' tensors that none of the live tensors *names* stands for.
+
+        Args:
+            ignored: regular expressions of what the model's class leaves out on purpose.
+        """
+        taken: set[str] = set()
+        for name in names:
+            found = self._file_name(name)
+            taken |= {found} if found else {part.file_name for part in self._fused(name)}
+        patterns = (*ignored, r"rotary_emb\.inv_freq")  # old checkpoints keep one in each layer
+        return [
+            name
+            for name in self.checkpoint.places
+            if name not in taken and not any(re.search(p, name) for p in patterns)
+        ]
+
     def _file_name(self, name: str) -> str | None:
         places = self.checkpoint.places
         candidates = [name]
         for prefix in _PREFIXES:
             candidates += [prefix + name, name.removeprefix(prefix)]
+        candidates += [_RENAMED[name]] if name in _RENAMED else []
         found = next((candidate for candidate in candidates if candidate in places), None)
         if found is None and self.checkpoint.tied and name in _TIED_HEADS:
-            ends = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-            tied = [place for place in places if place.endswith(ends)]
-            found = tied[0] if len(tied) == 1 else None
+            found = self.checkpoint.embedding_name
         return found
 
     def _fused(self, name: str) -> tuple[Part, ...]:
@@ -115,7 +132,8 @@ def read_claim(stack: AdapterStack, mode: Mode | str) -> Claim:
     """Read the headers of the stack's files; the tensors stay on disk.
 
     Raises:
-        InputError: a broken folder, an unknown mode, an adapter that is not additive.
+        InputError: a broken folder, an unknown mode, an adapter that is not additive, a base that
+            is quantised.
     """
     chosen = _mode(stack, mode)
     files = {adapter.name: read_adapter(adapter.path) for adapter in stack.adapters}
@@ -128,10 +146,12 @@ def read_claim(stack: AdapterStack, mode: Mode | str) -> Claim:
                 remedy="only plain LoRA and rsLoRA adapters are additive; see docs/certificate.md",
             )
     weights = dict.fromkeys(files, 0.0) | dict(chosen.weights)
+    checkpoint = read_checkpoint(stack.base.path)
+    checkpoint.refuse_quantised()
     return Claim(
         stack=stack,
         mode=chosen,
-        checkpoint=read_checkpoint(stack.base.path),
+        checkpoint=checkpoint,
         files=files,
         weights=weights,
     )

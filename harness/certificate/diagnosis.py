@@ -164,9 +164,9 @@ def _of_ratio(name: str, ratio: float, pair: LoraPair) -> str:
         note = f", which is √r with r = {pair.rank}: rsLoRA's scale (or PEFT's cat of rsLoRA)"
     elif pair.rank > 1 and abs(ratio * root - 1) <= _SAME:
         note = f", which is 1/√r: alpha/r where rsLoRA was meant, r = {pair.rank}"
-    elif alpha and abs(ratio * alpha / 8 - 1) <= _SAME:
+    elif alpha and abs(ratio * alpha / 8 - 1) <= _SAME < abs(alpha / 8 - 1):
         note = ", which is what PEFT's default alpha of 8 gives"
-    elif abs(ratio * pair.scale - 1) <= _SAME:
+    elif abs(ratio * pair.scale - 1) <= _SAME < abs(pair.scale - 1):
         note = ", which is a scale of 1: alpha/r was left out"
     elif abs(ratio - 2) <= _SAME:
         note = ", as if it were applied twice"

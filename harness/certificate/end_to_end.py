@@ -37,6 +37,7 @@ _TOKENS = 3  # of the shortest prompt: every token costs a variant's row in ever
 _NULLS = 6  # draws in all, and at least three for each adapter
 _TIMES = 4.0  # how far the live logits may be from the flattened ones, in units of the merged ones
 _FLOOR = 16.0  # eps of the logits' spread below which no difference is believed
+_COARSE = 1e-5  # eps from which rounding hides what adapters do
 _MERGED, _LIVE, _BEGUN = "merged", "live", "the prompt's beginning"
 
 
@@ -71,7 +72,7 @@ def check_end_to_end(
     padded = _padding(logits[_BEGUN], seen, number, figures)
     if not claim.mode.adapters:
         return [agreement, padded], figures
-    effect, more = _effects(claim, logits, figures["noise"])
+    effect, more = _effects(claim, logits, figures["noise"], seen.logits.dtype)
     return [agreement, effect, padded], figures | more
 
 
@@ -159,7 +160,7 @@ def _padding(alone: Tensor, seen: Capture, number: int, figures: Mapping[str, An
 
 
 def _effects(
-    claim: Claim, logits: Mapping[str, Tensor], noise: float
+    claim: Claim, logits: Mapping[str, Tensor], noise: float, dtype: torch.dtype
 ) -> tuple[Verdict, dict[str, Any]]:
     lines: list[str] = []
     figures: dict[str, Any] = {"effects": {}}
@@ -201,6 +202,10 @@ def _effects(
         )
     if silent:
         return failed(EFFECT, *silent, *lines, remedy="save the trained adapter again"), figures
+    # In bfloat16 a small adapter that works can hide in the rounding; in float32 it cannot.
+    if hidden and torch.finfo(dtype).eps < _COARSE:
+        remedy = "check the adapter's training, its scale and its weight"
+        return failed(EFFECT, *hidden, *lines, remedy=remedy), figures
     outcome = Outcome.TIE if hidden else Outcome.HELD
     return Verdict(name=EFFECT, outcome=outcome, evidence=(*hidden, *lines)), figures
 

@@ -68,14 +68,15 @@ def check_factors(
         names: the stack's adapters by their names in memory (`aliases`).
         in_weight: by layer, what belongs in the weight and so not in the forward pass.
     """
-    if not live.lora_layers:
+    if not live.lora_layers and not live.foreign:
         return Verdict(
             name=ADAPTERS,
             outcome=Outcome.SKIPPED,
             evidence=("the model is plain: no LoRA layer; the weights are judged instead",),
         )
     faults: list[str] = [
-        f"{foreign.name}: a {foreign.kind} of PEFT acts here, which is no plain LoRA layer"
+        f"{foreign.name or 'the model'}: a {foreign.kind} of PEFT acts here, which is no plain "
+        "LoRA layer"
         for foreign in live.foreign
     ]
     notes: set[str] = set()

@@ -173,10 +173,22 @@ def _module(tensor: str) -> str:
 
 
 def _other_tensors(live: LiveModel, claim: Claim, layered: set[str]) -> Iterator[WeightFinding]:
-    """Norms, biases, routers, fused experts: whatever no layer above has covered."""
+    """Norms, biases, routers, fused experts: whatever no layer above has covered, either way."""
+    bare: Any = live.bare
+    ignored = getattr(bare, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for name in claim.unclaimed((*live.tensors, *live.buffers), ignored):
+        yield WeightFinding(
+            name=name, equal=False, units=0.0, cause="the files have it and the model does not"
+        )
+    finest = min(
+        (layer.weight.dtype for layer in live.layers.values()),
+        key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32,
+    )  # fmt: skip
     for name, tensor in live.tensors.items():
         if name in layered:
             continue
+        if torch.finfo(tensor.dtype).eps > torch.finfo(finest).eps:
+            tensor = tensor.to(finest)  # one that was cast alone has lost what the others have
         parts = claim.parts(name)
         if not parts:
             yield WeightFinding(

@@ -16,6 +16,7 @@ from harness.certificate.structure import check_hooks, check_structure
 from harness.certificate.values import Certificate
 from harness.completion import Prompt
 from harness.engines.inspection import read_live
+from harness.errors import InputError
 from harness.stack import AdapterStack, Mode
 from harness.verdict import Verdict
 
@@ -33,6 +34,14 @@ def judge_model(
     end_to_end: bool,
 ) -> Certificate:
     """See `harness.certify_stack`."""
+    if not isinstance(stack, AdapterStack):
+        raise InputError(f"{type(stack).__name__} is no stack", where="stack",
+                         remedy="pass what resolve_stack returns")  # fmt: skip
+    prompts = (prompts,) if isinstance(prompts, str) else prompts
+    strange = [p for p in prompts or () if not isinstance(p, Prompt | str)]
+    if strange:
+        raise InputError(f"{type(strange[0]).__name__} is no prompt", where="prompts",
+                         remedy="pass texts or Prompts")  # fmt: skip
     claim = read_claim(stack, mode)
     live = read_live(model)
     bare: Any = live.bare
@@ -54,6 +63,7 @@ def judge_model(
         live,
         claim.checkpoint,
         [adapter.path for adapter in stack.adapters],
+        mode=claim.mode,
         tokenizer=tokenizer,
         prompts=list(prompts or DEFAULT_PROMPTS),
         generation=generation,

@@ -29,6 +29,8 @@ from harness.completion import GenerationSettings, Prompt
 from harness.ending import PROBE_TURNS, behind_answer, declared_eos, eos_ids
 from harness.engines.inspection import LiveModel
 from harness.errors import InputError
+from harness.files.strict_json import read_json_object
+from harness.stack import Mode
 from harness.verdict import Outcome, Verdict
 
 __all__ = ["CACHE", "DECODING", "EOS", "LENGTH", "PADDING", "TEMPLATE", "TOKENS", "check_settings"]
@@ -52,6 +54,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prefix_allowed_tokens_fn": (), "stopping_criteria": ([],), "num_return_sequences": (1,),
     "token_healing": (False,), "prompt_lookup_num_tokens": (),
 }  # fmt: skip
+# What a call can hold that makes `generate` run something else than the model on the prompts.
+_ELSE: Mapping[str, str] = {
+    "inputs_embeds": "the model reads vectors and not the prompts' tokens",
+    "custom_generate": "another decoding loop than transformers' is run",
+}
 
 
 def check_settings(
@@ -59,6 +66,7 @@ def check_settings(
     checkpoint: CheckpointFiles,
     adapters: Sequence[Path],
     *,
+    mode: Mode,
     tokenizer: Any,
     prompts: Sequence[Prompt | str],
     generation: Any,
@@ -67,22 +75,36 @@ def check_settings(
     given = _as_mapping(generation)
     config: Any = getattr(live.bare, "generation_config", None)
     own = {} if config is None else config.to_dict()
+    stored = _stored(checkpoint.folder)
     declared = isinstance(generation, GenerationSettings)
     verdicts = [
         _eos(checkpoint, tokenizer, given, own, _vocabulary(live), prompts),
         check_padding(tokenizer, prompts, given, own, _vocabulary(live)),
-        _decoding(given, own, declared),
-        _length(live, tokenizer, prompts, given, own, generation is not None),
-        _cache(given),
+        _decoding(given, own, stored, declared, mode),
+        _length(live, tokenizer, prompts, given, stored | _said(own), generation is not None),
+        _cache(given, stored | _said(own)),
     ]
     if tokenizer is None:
-        return verdicts
+        reason = ("no tokenizer was given",)
+        left_out = [Verdict(name=name, outcome=Outcome.SKIPPED, evidence=reason)
+                    for name in (TEMPLATE, TOKENS)]  # fmt: skip
+        return [*verdicts, *left_out]
     fresh = fresh_of(checkpoint.folder)
     return [
         *verdicts,
         check_template(tokenizer, fresh, adapters),
         check_tokens(tokenizer, fresh, prompts, given, _vocabulary(live)),
     ]
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """`generation_config.json`, which acts wherever the checkpoint is loaded, if not here."""
+    path = folder / "generation_config.json"
+    return read_json_object(path, what=path.name) if path.is_file() else {}
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _as_mapping(generation: Any) -> dict[str, Any]:
@@ -135,6 +157,9 @@ def _eos(
         faults.append(f"EOS {outside[0]} is outside the vocabulary of {vocabulary}")
     if declared and stops and set(stops) != set(declared) and given.get("eos_token_id") is None:
         faults.append(f"the model stops at {list(stops)}, {source} says {list(declared)}")
+    lost = sorted(set(declared) - set(stops)) if given.get("eos_token_id") is not None else []
+    if lost and stops:
+        faults.append(f"the call stops at {list(stops)} only, {source} also at {lost}")
     if stops and set(config_eos) - set(stops):
         faults.append(f"config.json's EOS {sorted(set(config_eos) - set(stops))} does not stop it")
     end = getattr(tokenizer, "eos_token_id", None)
@@ -161,7 +186,8 @@ def _eos(
             remedy="set eos_token_id in generation_config.json to every id that ends a turn "
             f"(here: {sorted(set(declared) | set(eos_ids(end)))})",
         )
-    return held(EOS, f"generation stops at {list(stops)}; config, {source} and tokenizer agree")
+    agreeing = f"config and {source}" if end is None else f"config, {source} and tokenizer"
+    return held(EOS, f"generation stops at {list(stops)}; {agreeing} agree")
 
 
 def _end_of_turn(tokenizer: Any, prompts: Sequence[Prompt | str]) -> int | None:
@@ -181,8 +207,21 @@ def _end_of_turn(tokenizer: Any, prompts: Sequence[Prompt | str]) -> int | None:
     )
 
 
-def _decoding(given: Mapping[str, Any], own: Mapping[str, Any], declared: bool) -> Verdict:
-    faults: list[str] = []
+def _decoding(
+    given: Mapping[str, Any],
+    own: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    declared: bool,
+    mode: Mode,
+) -> Verdict:
+    faults = [f"{key} is passed: {why}" for key, why in _ELSE.items() if given.get(key) is not None]
+    names = {str(name) for name in given.get("adapter_names") or ()}
+    alone = mode.adapters[0] if len(mode.adapters) == 1 else None
+    if names - {alone if mode.adapters else "__base__"}:
+        faults.append(
+            f"adapter_names = {sorted(names)} is passed: PEFT applies one adapter to each row, "
+            f"whatever is active; the mode is {mode.formula}"
+        )
     sampling = bool(effective("do_sample", given, own))
     source = "the call" if given.get("do_sample") else "the model's generation config"
     if sampling and given.get("seed") is None:
@@ -190,10 +229,13 @@ def _decoding(given: Mapping[str, Any], own: Mapping[str, Any], declared: bool) 
     elif sampling and not declared and not given.get("do_sample"):
         faults.append("the model's generation config samples (do_sample), the call does not say so")
     for key, neutral in _NEUTRAL.items():
-        value = effective(key, given, own)
+        value, where = effective(key, given, own), "the model's generation config"
+        if given.get(key) is not None:
+            where = "the call"
+        elif value is None:
+            value, where = stored.get(key), "generation_config.json"
         if value is None or value in neutral or value == [] or (declared and key in given):
             continue
-        where = "the call" if given.get(key) is not None else "the model's generation config"
         faults.append(f"{key} = {value!r} in {where}: not the likeliest token any more")
     if faults:
         return failed(
@@ -229,6 +271,11 @@ def _length(
         faults.append(
             f"a prompt of {longest} tokens and max_new_tokens = {new} pass the context of {context}"
         )
+    ends = own.get("stop_strings")
+    if ends and given.get("stop_strings") is None:
+        faults.append(
+            f"stop_strings = {ends!r} in the model's generation config: answers are cut off there"
+        )
     limit = effective("max_time", given, own)
     if limit is not None:
         faults.append(f"max_time = {limit}: the length depends on the machine's speed")
@@ -237,8 +284,15 @@ def _length(
     return held(LENGTH, f"max_new_tokens {new}, longest prompt {longest}, context {context}")
 
 
-def _cache(given: Mapping[str, Any]) -> Verdict:
+def _cache(given: Mapping[str, Any], own: Mapping[str, Any]) -> Verdict:
     cache = given.get("past_key_values")
+    kind = effective("cache_implementation", given, own)
+    if kind == "quantized" or "quant" in type(cache).__name__.lower():
+        return failed(
+            CACHE,
+            "the key-value cache is quantised: what was read is rounded to a few bits",
+            remedy="leave cache_implementation out",
+        )
     length = getattr(cache, "get_seq_length", lambda: 1)() if cache is not None else 0
     if length:
         return failed(

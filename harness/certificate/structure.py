@@ -119,7 +119,7 @@ def _buffers(live: LiveModel, claim: Claim, wanted: nn.Module | None) -> Verdict
             if cause:
                 faults.append(f"{name}: {cause}")
             continue
-        expected = _rebuilt(live, wanted, name)
+        expected = _rebuilt(wanted, name)
         if expected is None:
             unjudged.append(name)
         elif buffer.shape != expected.shape or not _near(buffer, expected):
@@ -137,9 +137,10 @@ def _buffers(live: LiveModel, claim: Claim, wanted: nn.Module | None) -> Verdict
 
 
 def _near(first: Tensor, second: Tensor) -> bool:
-    if same_bits(first.cpu(), second.to(first.dtype)):
+    if same_bits(first.cpu(), second):
         return True
-    # Frequencies are powers: another order of the same arithmetic may change the last bit.
+    # Frequencies are powers: another order of the same arithmetic may change the last bit. They
+    # are compared as numbers, not in the live dtype: `model.to(bfloat16)` rounds them, too.
     return torch.allclose(first.cpu().double(), second.double(), rtol=1e-6, atol=0)
 
 
@@ -152,55 +153,79 @@ def _buffer_cause(buffer: Tensor, expected: Tensor) -> str:
     return f"differs from what config.json gives (sum {ratio:.4g} times): rotary parameters changed"
 
 
-def _rebuilt(live: LiveModel, wanted: nn.Module | None, name: str) -> Tensor | None:
-    """A rotary module's buffer, built anew from config.json."""
+def _rebuilt(wanted: nn.Module | None, name: str) -> Tensor | None:
+    """A buffer as `from_pretrained` makes it, from config.json; None where nothing says what it is.
+
+    Buffers that are in no file are computed by `_init_weights`, which is given an empty one here.
+    """
     if wanted is None:
         return None
-    owner, _, leaf = name.rpartition(".")
-    modules = dict(wanted.named_modules())
     model: Any = wanted
-    if owner not in modules or "rotary" not in type(modules[owner]).__name__.lower():
+    owner, _, leaf = name.rpartition(".")
+    module = dict(wanted.named_modules()).get(owner)
+    planned = getattr(module, "_buffers", {}).get(leaf)
+    if module is None or planned is None:
         return None
-    kind: Any = type(modules[owner])
-    try:
-        with torch.device("cpu"):
-            fresh = kind(config=model.config)
-    except (TypeError, ValueError, AttributeError):
-        return None
-    tensor = getattr(fresh, leaf, None)
-    return tensor if isinstance(tensor, Tensor) else None
+    made: list[Tensor] = []
+    for filled in (0, 1):  # what is left as it was filled is not computed there
+        module._buffers[leaf] = torch.full_like(planned, filled, device="cpu")
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                model._init_weights(module)
+        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError):
+            return None
+        finally:
+            found, module._buffers[leaf] = module._buffers[leaf], planned
+        made.append(found)
+    return made[0] if same_bits(*made) else None
 
 
 def check_hooks(live: LiveModel, rows: Sequence[Sequence[int]], seen: Capture | None) -> Verdict:
     """Foreign hooks and replaced forward methods, by what the logits are without them."""
-    if not live.hooked and not live.hooked_wrappers:
-        return held(HOOKS, "no module has a foreign hook or a replaced forward method")
     lines = [f"{name or 'the model'}: {', '.join(kinds)}" for name, kinds in live.hooked.items()]
     lines += [f"{type(m).__name__}: a hook or patch on the wrapper" for m in live.hooked_wrappers]
+    lines += [f"every module: {kind}" for kind in live.hooked_everywhere]
+    if not lines and not live.patched:
+        return held(HOOKS, "no module has a foreign hook or a replaced forward method")
     if seen is None:
-        return Verdict(name=HOOKS, outcome=Outcome.UNDECIDED, evidence=tuple(lines))
-    with _without(live):
-        bare = forward(live.root, *batched(rows))
-    with_hooks = seen.logits
-    size = float(bare.float().std())
-    change = float((bare.float() - with_hooks.float()).square().mean().sqrt())
-    eps = torch.finfo(bare.dtype).eps
-    if change <= 4 * eps * size:
-        return held(HOOKS, *listed(lines, "modules"), "without them the logits are the same")
-    return failed(
-        HOOKS,
-        *listed(lines, "modules"),
-        f"without them the logits change by {change / size:.3g} of their spread",
-        remedy="remove the hook or patch (activation steering, a debugging hook) before certifying",
-    )
+        return Verdict(
+            name=HOOKS, outcome=Outcome.UNDECIDED, evidence=listed([*lines, *live.patched], "more")
+        )
+    if lines:
+        with _without(live):
+            bare = forward(live.root, *batched(rows))
+        size = float(bare.float().std())
+        change = float((bare.float() - seen.logits.float()).square().mean().sqrt())
+        eps = torch.finfo(bare.dtype).eps
+        if not change <= 4 * eps * size:
+            return failed(
+                HOOKS,
+                *listed(lines, "modules"),
+                f"without them the logits change by {change / size:.3g} of their spread",
+                remedy="remove the hook or patch (activation steering, a debugging hook) before "
+                "certifying",
+            )
+        lines = [*listed(lines, "modules"), "without them the logits are the same"]
+    if live.patched:
+        return Verdict(
+            name=HOOKS,
+            outcome=Outcome.UNDECIDED,
+            evidence=(*listed(list(live.patched), "patches"), *lines,
+                      "what the model's own code computes is not known in this process"),
+            remedy="certify in a process that does not replace the model's code, or before it does",
+        )  # fmt: skip
+    return held(HOOKS, *lines)
 
 
 @contextlib.contextmanager
 def _without(live: LiveModel) -> Iterator[None]:
     """Take foreign hooks and patches away for a block, and put them back."""
     modules = dict(live.bare.named_modules(remove_duplicate=False))
-    kept: list[tuple[nn.Module, str, Any]] = []
+    kept: list[tuple[Any, str, Any]] = []
     try:
+        for attribute in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+            kept.append((nn.modules.module, attribute, getattr(nn.modules.module, attribute)))
+            setattr(nn.modules.module, attribute, OrderedDict())
         for module in (*(modules[name] for name in live.hooked), *live.hooked_wrappers):
             for attribute in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks = getattr(module, attribute)

@@ -7,6 +7,7 @@ generated from against the prompts. Knows nothing of weights or of how a token i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def check_padding(
         if getattr(tokenizer, "truncation_side", "left") != "left" and _truncates(tokenizer):
             faults.append("the tokenizer truncates long prompts on the right: the question is lost")
     mask, ids = _rows(given.get("attention_mask")), _rows(given.get("input_ids"))
+    faults += list(_position_faults(_rows(given.get("position_ids")), ids, mask))
     if mask is not None and ids is not None:
         faults += list(_mask_faults(ids, mask, pad))
     elif ids is not None and len(ids) > 1 and any(row and pad in (row[0], row[-1]) for row in ids):
@@ -79,6 +81,12 @@ def check_padding(
             PADDING,
             *faults,
             remedy="tokenizer.padding_side = 'left', a padding token, and pass attention_mask",
+        )
+    if tokenizer is None and ids is None:
+        return Verdict(
+            name=PADDING,
+            outcome=Outcome.SKIPPED,
+            evidence=("no tokenizer was given, and no input_ids",),
         )
     known = "" if tokenizer is None else f"; padding id {tokenizer.pad_token_id}, on the left"
     return held(PADDING, f"{len(prompts)} prompts{known}")
@@ -109,6 +117,19 @@ def _mask_faults(ids: list[list[int]], mask: list[list[int]], pad: int | None) -
         elif pad is not None and any(t != pad for t, s in zip(row, seen, strict=True) if not s):
             hidden = sum(1 for s in seen if not s)
             yield f"row {place}: the mask hides {hidden} tokens of the prompt"
+
+
+def _position_faults(
+    positions: list[list[int]] | None, ids: list[list[int]] | None, mask: list[list[int]] | None
+) -> Iterator[str]:
+    """Positions that do not count from each row's first visible token."""
+    for place, row in enumerate(positions or ()):
+        length = len(ids[place]) if ids is not None and place < len(ids) else len(row)
+        seen = mask[place] if mask is not None and place < len(mask) else [1] * length
+        wanted = [count - 1 for count in accumulate(seen)]
+        visible = [(now, then) for now, then, s in zip(row, wanted, seen, strict=False) if s]
+        if len(row) != len(seen) or any(now != then for now, then in visible):
+            yield f"row {place}: position_ids do not count from its first visible token"
 
 
 def check_template(tokenizer: Any, fresh: Any, adapters: Sequence[Path]) -> Verdict:

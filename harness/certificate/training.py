@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def judge_training(
         )
     owners = _owners(model, live.adapters)
     checks = [
-        _forward(live, (*still, *learning)),
+        _forward(live, still, learning),
         _permitted(model, owners, learning),
         _dropout(live, still),
     ]
@@ -91,8 +92,10 @@ def _owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
     return owners
 
 
-def _forward(live: LiveModel, names: Sequence[str]) -> Verdict:
+def _forward(live: LiveModel, still: Sequence[str], learning: Sequence[str]) -> Verdict:
+    names = (*still, *learning)
     faults: list[str] = []
+    empty: Counter[str] = Counter()
     for name, layer in live.lora_layers.items():
         here = [n for n in names if n in layer.adapters]
         applied = [part.name for part in layer.applied]
@@ -106,15 +109,31 @@ def _forward(live: LiveModel, names: Sequence[str]) -> Verdict:
             faults.append(f"{name}: an adapter is applied twice")
         elif strangers := [n for n in applied if n not in names]:
             faults.append(f"{name}: {strangers[0]} is in the forward pass too")
+        for part in layer.adapters.values():
+            if part.name in still and not bool(torch.isfinite(part.b).all()):
+                faults.append(f"{name}: {part.name} holds NaN or infinity")
+            elif part.name in names and part.scale == 0:
+                faults.append(f"{name}: {part.name} has a scale of 0")
+            elif part.name in still and not bool(part.b.any()):
+                empty[part.name] += 1
+    faults += [
+        f"{name} adds nothing: every B is zero, as where an adapter's file names no module of this "
+        "model, or none was loaded"
+        for name, count in empty.items()
+        if count == sum(name in layer.adapters for layer in live.lora_layers.values())
+    ]
     if faults:
         return failed(
             FORWARD,
-            f"{len(faults)} of {len(live.lora_layers)} layers",
-            *listed(faults, "layers"),
-            remedy=f"model.base_model.set_adapter({list(names)!r}), then freeze the others again; "
+            f"{len(faults)} faults in {len(live.lora_layers)} layers",
+            *listed(faults, "faults"),
+            remedy=f"load the frozen adapters from their folders, then "
+            f"model.base_model.set_adapter({list(names)!r}), then freeze them again; "
             "PeftModel.set_adapter takes one name and switches the others off",
         )
-    return held(FORWARD, f"{' and '.join(names)} act in {len(live.lora_layers)} layers")
+    notes = [f"in {count} of them {name} adds nothing (its B is zero)"
+             for name, count in empty.items()]  # fmt: skip
+    return held(FORWARD, f"{' and '.join(names)} act in {len(live.lora_layers)} layers", *notes)
 
 
 def _permitted(model: nn.Module, owners: Mapping[str, str], learning: Sequence[str]) -> Verdict:

@@ -81,6 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(
             "is too small", where="--samples or --temperature", remedy="give 1 or more"
         )
+    if arguments.files_only and (arguments.samples or arguments.sweep or arguments.snapshots):
+        raise InputError(
+            "loads no model", where="--files-only",
+            remedy="leave it out, or leave --samples, --sweep and --snapshots out",
+        )  # fmt: skip
     options = stack_options_of(arguments)
     stack = stack_from_options(options)
     preset = _preset(arguments, stack)

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from harness.checkpoint_files import read_checkpoint
     from harness.preflight import check_stack_files
     from harness.resolve import stack_from_options
     from harness.verdict import Outcome, overall
@@ -46,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     stack = stack_from_options(options)
     # Before torch is imported: what is broken is said in a second.
     check_stack_files(stack, trust_remote_code=options.trust_remote_code)
+    if not stack.random:
+        read_checkpoint(stack.base.path).refuse_quantised()
     preset = chosen_preset(arguments, stack)
     if not options.named:
         errors().print("no stack was named: this is the embedded tiny trained one")

@@ -6,6 +6,8 @@ live models beyond their class, nor of verdicts.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ def skeleton(base: Path, *, like: Any) -> nn.Module:
     """What `config.json` in *base* describes, on the meta device: structure without weights.
 
     Args:
-        like: the live transformers model, whose class is built and whose attention
-            implementation is used.
+        like: the live transformers model, whose class is built, and whose dtype and attention
+            implementation are used.
 
     Raises:
         InputError: transformers cannot build it.
@@ -34,11 +36,22 @@ def skeleton(base: Path, *, like: Any) -> nn.Module:
         wanted = getattr(like.config, "_attn_implementation", None)
         if wanted is not None:
             config._attn_implementation = wanted
-        with torch.device("meta"):
+        with torch.device("meta"), _default_dtype(like.dtype):
             built: nn.Module = type(like)(config)
     except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
         raise InputError(f"cannot be built: {error}", where=base / "config.json") from error
     return built.eval()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As `from_pretrained` builds: some buffers have the default dtype, some one of their own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def scalars(module: nn.Module) -> dict[str, Any]:

@@ -8,8 +8,10 @@ switched, nothing is trusted: a LoRA layer is known by what it has (`base_layer`
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -32,6 +34,11 @@ _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "EetqLinear",
               "AqlmQuantizedLinear", "QuantizedLinear", "FP8Linear")  # fmt: skip
+
+
+# What modelling code calls by name, and fast replacements put another function in place of.
+_FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv", "rotate_half")
+_WRAPPERS = ("torch", "transformers", "accelerate", "peft")  # packages that wrap methods
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +124,8 @@ class LiveModel:
         layers: every linear and embedding layer by its name in the base.
         tensors: the base's parameters by name in the base; a tied parameter under both names.
         hooked: modules whose forward pass somebody else's hook or patch can change.
+        hooked_everywhere: hooks that torch calls for every module of the process.
+        patched: classes and functions of the model whose code is not their package's.
         adapters: every adapter name that some layer holds.
     """
 
@@ -128,6 +137,8 @@ class LiveModel:
     modules: Mapping[str, nn.Module]
     hooked: Mapping[str, tuple[str, ...]]
     hooked_wrappers: tuple[nn.Module, ...]
+    hooked_everywhere: tuple[str, ...]
+    patched: tuple[str, ...]
     foreign: tuple[Foreign, ...]
     adapters: tuple[str, ...]
 
@@ -169,11 +180,16 @@ def read_live(model: Any) -> LiveModel:
     if not isinstance(bare, nn.Module):
         raise InputError(f"{type(model).__name__} holds no torch model", where="model")
     _refuse_quantised(bare)
-    wrappers = [m for m in _wrappers(model) if tuple(_patches(m))]
+    around = list(_wrappers(model))
+    wrappers = [m for m in around if tuple(_patches(m))]
     layers: dict[str, LiveLayer] = {}
     modules: dict[str, nn.Module] = {}
     hooked: dict[str, tuple[str, ...]] = {}
-    foreign: list[Foreign] = []
+    foreign = [  # vectors that PEFT puts before every prompt
+        Foreign(name="", kind=type(encoder).__name__)
+        for wrapper in around
+        for encoder in getattr(wrapper, "prompt_encoder", {}).values()
+    ]
     inside_lora: set[str] = set()
     for name, module in bare.named_modules(remove_duplicate=False):
         if _within(name, inside_lora):
@@ -212,6 +228,8 @@ def read_live(model: Any) -> LiveModel:
         modules=modules,
         hooked=hooked,
         hooked_wrappers=tuple(wrappers),
+        hooked_everywhere=tuple(_global_hooks()),
+        patched=tuple(_patched_code(bare)),
         foreign=tuple(foreign),
         adapters=tuple(dict.fromkeys(n for layer in layers.values() for n in layer.adapters)),
     )
@@ -276,7 +294,9 @@ def _innermost(module: nn.Module) -> nn.Module:
 
 def _kind(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Embedding):
-        return "embedding"
+        # One that computes which rows it looks up (OPT's positions) is judged as a tensor alone.
+        own = type(module).forward is not nn.Embedding.forward
+        return None if own and not hasattr(module, "embed_scale") else "embedding"
     if isinstance(module, nn.Linear):
         return "linear"
     weight = getattr(module, "weight", None)
@@ -342,11 +362,62 @@ def _base_tensors(
 
 def _patches(module: nn.Module) -> Iterator[str]:
     """Hooks and replaced methods that can change what the module returns."""
-    kinds = (("_forward_hooks", "forward hook"), ("_forward_pre_hooks", "forward pre-hook"))
-    for attribute, kind in kinds:
-        for hook in getattr(module, attribute).values():
-            origin = str(getattr(hook, "__module__", None) or type(hook).__module__)
-            if not origin.startswith("harness.engines."):
-                yield f"{kind} {getattr(hook, '__qualname__', type(hook).__name__)} from {origin}"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    yield from _foreign(module._forward_hooks, "forward hook")
+    yield from _foreign(module._forward_pre_hooks, "forward pre-hook")
+    placed = getattr(module, "_hf_hook", None)
+    if placed is not None:  # accelerate's own move tensors between devices
+        for hook in getattr(placed, "hooks", (placed,)):
+            if not type(hook).__module__.startswith("accelerate."):
+                yield f"accelerate hook {type(hook).__qualname__} from {type(hook).__module__}"
+    elif "forward" in vars(module):
         yield "its forward method is replaced"
+
+
+def _global_hooks() -> Iterator[str]:
+    places = nn.modules.module
+    yield from _foreign(places._global_forward_hooks, "forward hook")
+    yield from _foreign(places._global_forward_pre_hooks, "forward pre-hook")
+
+
+def _foreign(hooks: Mapping[int, Any], kind: str) -> Iterator[str]:
+    for hook in hooks.values():
+        origin = str(getattr(hook, "__module__", None) or type(hook).__module__)
+        if not origin.startswith("harness.engines."):
+            yield f"{kind} {getattr(hook, '__qualname__', type(hook).__name__)} from {origin}"
+
+
+def _patched_code(bare: nn.Module) -> Iterator[str]:
+    """Forward methods of the model's classes, and the functions that they call by name, whose code
+    comes from elsewhere: libraries that replace them for all models of the process."""
+    classes = {type(module) for module in bare.modules()}
+    for cls in sorted(classes, key=lambda c: c.__qualname__):
+        owner = next(c for c in cls.__mro__ if "forward" in vars(c))
+        if origin := _elsewhere(vars(owner)["forward"], owner.__module__):
+            yield f"{owner.__qualname__}.forward is {origin}"
+    for module in sorted({cls.__module__ for cls in classes}):
+        for name in _FUNCTIONS:
+            function = getattr(sys.modules.get(module), name, None)
+            if origin := _elsewhere(function, module):
+                yield f"{name} of {module} is {origin}"
+    chosen = getattr(getattr(bare, "config", None), "_attn_implementation", None)
+    attention = sys.modules.get("transformers.modeling_utils")
+    functions = getattr(attention, "ALL_ATTENTION_FUNCTIONS", None)
+    function = functions[chosen] if functions is not None and chosen in functions else None
+    if origin := _elsewhere(function, "transformers"):
+        yield f"the attention function {chosen} is {origin}"
+
+
+def _elsewhere(function: Any, module: str) -> str | None:
+    """Where a function's code comes from, if that is neither *module*'s package nor what wraps it
+    there; decorators that keep a function's name are looked behind."""
+    own = [sys.modules.get(name) for name in (module, module.partition(".")[0], *_WRAPPERS)]
+    files = [file for m in own if (file := getattr(m, "__file__", None))]
+    folders = [Path(file).parent for file in files]
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and not code.co_filename.startswith("<"):
+            place = Path(code.co_filename)
+            if not any(place.is_relative_to(folder) for folder in folders):
+                return f"{code.co_qualname} from {place}"
+        function = getattr(function, "__wrapped__", None)
+    return None

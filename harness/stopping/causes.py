@@ -19,6 +19,8 @@ class CauseKind(StrEnum):
 
     EOS_ID = "wrong EOS id"  #: generation stops at an id that ends nothing
     EOS_LIST = "end of turn is no EOS"  #: the template's end of turn does not stop generation
+    OPENING = "no generation prompt"  #: the prompt ends before what opens an answer in training
+    SETTINGS = "generation config bends the end"  #: EOS is forbidden, forced, or cut short by it
     TOKENIZER_EOS = "files disagree about EOS"  #: tokenizer or config name another EOS
     PAD_IS_EOS = "padding is EOS"  #: training code that masks padding masks the EOS label
     VOCABULARY = "vocabulary and head differ"

@@ -96,6 +96,7 @@ def natural_end(
     turn_ids: Collection[int] = (),
     decode: Callable[[Sequence[int]], str] | None = None,
     loop: Loop | None = None,
+    ended: bool = False,
 ) -> NaturalEnd | None:
     """The first end-of-turn-like point of a completion that went on behind it; None if none did.
 
@@ -106,6 +107,7 @@ def natural_end(
         stops: ids that generation stops at.
         turn_ids: ids that end a turn by the files.
         decode: ids to text, to count letters as tokens; without it the place is estimated.
+        ended: it ended by itself: a question as its last line is asked of the user.
     """
     found: list[NaturalEnd] = []
     for place, token in enumerate(ids):
@@ -114,7 +116,7 @@ def natural_end(
             break
     if loop is not None:
         found.append(NaturalEnd(tokens=loop.start + loop.period, sign=EndSign.LOOP))
-    for place, sign in _signs(text, prompt):
+    for place, sign in _signs(text, prompt, ended):
         before, exact = _tokens_before(place, ids, text, decode)
         found.append(NaturalEnd(tokens=before, sign=sign, exact=exact))
     return min(found, key=lambda end: end.tokens, default=None)
@@ -128,7 +130,7 @@ def first_sentence_end(
     return None if match is None else _tokens_before(match.end(), ids, text, decode)[0]
 
 
-def _signs(text: str, prompt: str) -> list[tuple[int, EndSign]]:
+def _signs(text: str, prompt: str, ended: bool) -> list[tuple[int, EndSign]]:
     """Letters before each sign; a sign needs an ended sentence or line before it."""
     found: list[tuple[int, EndSign]] = []
     first = _SENTENCE_END.search(text)
@@ -144,7 +146,7 @@ def _signs(text: str, prompt: str) -> list[tuple[int, EndSign]]:
     if again >= 0:
         found.append((again, EndSign.PROMPT_AGAIN))
     question = _QUESTION_LINE.search(text, text.find("\n", floor) + 1 or len(text))
-    if question is not None:
+    if question is not None and not (ended and not text[question.end() :].strip()):
         found.append((question.start(), EndSign.QUESTION))
     return found
 

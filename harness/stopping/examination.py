@@ -270,6 +270,16 @@ class Examination:
         )
 
     def report(self) -> StoppingReport:
+        declared = self.stops if self.stops is not None else self.stack.stops if self.stack else {}
+        known = [mode.name for mode in self.stack.modes] if self.stack else []
+        absent = [mode for mode in declared if mode in known and mode not in self.said]
+        if self.said and absent:
+            self.notes.append(f"not examined, though declared: {', '.join(absent)}")
+        if self.said and not self.verdicts:
+            self.notes.append(
+                "no mode declares how it must end: its figures are reported and not judged; "
+                "declare [stops] in the stack's TOML"
+            )
         total = sum(figures.total for figures in self.figures.values())
         made = "generated" if self.generated else "given"
         return StoppingReport(

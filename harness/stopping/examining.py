@@ -21,6 +21,7 @@ from harness.stopping.values import StoppingReport
 
 if TYPE_CHECKING:
     from harness.engines.peft import PeftEngine
+    from harness.stopping.training_data import DatasetFigures
 
 __all__ = ["examine_stopping"]
 
@@ -67,11 +68,17 @@ def examine_stopping(
         if not prompts:
             raise InputError("an engine needs prompts", where="examine_stopping",
                              remedy="pass prompts=load_preset(…).prompts")  # fmt: skip
-        _generate(case, prompts, settings or GenerationSettings(), modes)
     else:
         _take(case, source, modes)
     case.stack = case.stack or (case.engine.stack if case.engine else None)
+    # What can be refused is refused before anything is generated.
+    if (samples or sweep) and (case.engine is None or not prompts):
+        raise InputError("samples and a sweep generate", where="examine_stopping",
+                         remedy="give an engine, and prompts")  # fmt: skip
     case.read_files(Path(merged) if merged is not None else None)
+    training = None if dataset is None else _training_data(case, Path(dataset), labels)
+    if case.engine is source:
+        _generate(case, prompts or (), settings or GenerationSettings(), modes)
     for mode, said in case.said.items():
         case.figure(mode, said)
     case.judge()
@@ -80,13 +87,15 @@ def examine_stopping(
         if blame:
             case.assign_blame()
     case.find_causes()
-    if samples and case.engine is not None and prompts:
+    if samples and prompts:
         case.sample(prompts, settings or GenerationSettings(), samples)
-    report = case.report()
-    if sweep and case.engine is not None and prompts:
-        report = replace(report, sweep=case.try_weights(prompts, settings or GenerationSettings()))
-    if dataset is not None:
-        report = _with_dataset(report, case, Path(dataset), labels)
+    swept = None
+    if sweep and prompts:
+        swept = case.try_weights(prompts, settings or GenerationSettings())
+    report = replace(case.report(), sweep=swept)
+    if training is not None:
+        causes = (training.cause,) if training.cause is not None else ()
+        report = replace(report, dataset=training, causes=(*report.causes, *causes))
     return report
 
 
@@ -124,8 +133,8 @@ def _take(case: Examination, source: Any, modes: Sequence[Mode | str] | None) ->
         case.said = {mode: found for mode, found in case.said.items() if mode in wanted}
 
 
-def _said(source: Iterable[Any]) -> Iterable[Said]:
-    for one in source:
+def _said(source: Any) -> Iterable[Said]:
+    for one in source if isinstance(source, Iterable) else (source,):
         if not isinstance(one, Completion | Snapshot):
             raise InputError(
                 f"{type(one).__name__} is neither an engine, a completion nor a snapshot",
@@ -135,9 +144,7 @@ def _said(source: Iterable[Any]) -> Iterable[Said]:
         yield one
 
 
-def _with_dataset(
-    report: StoppingReport, case: Examination, dataset: Path, labels: str
-) -> StoppingReport:
+def _training_data(case: Examination, dataset: Path, labels: str) -> DatasetFigures:
     from harness.engines.described import fresh_tokenizer
     from harness.stopping.training_data import check_training_data
 
@@ -146,6 +153,4 @@ def _with_dataset(
             "training data needs a stack, whose tokenizer reads it", where="examine_stopping"
         )
     tokenizer = case.engine.tokenizer if case.engine else fresh_tokenizer(case.stack.base.path)
-    found = check_training_data(dataset, tokenizer, stops=case.stop_ids, labels=labels)
-    cause = (found.cause,) if found.cause is not None else ()
-    return replace(report, dataset=found, causes=(*report.causes, *cause))
+    return check_training_data(dataset, tokenizer, stops=case.stop_ids, labels=labels)

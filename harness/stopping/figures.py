@@ -188,6 +188,7 @@ def _ending(
         turn_ids=turn_ids,
         decode=decode,
         loop=loop,
+        ended=stopped,
     )
     if end is not None:
         place: int | None = end.tokens

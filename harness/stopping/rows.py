@@ -37,8 +37,12 @@ _BLOCK = 4096
 
 def head_name(checkpoint: CheckpointFiles) -> str | None:
     """The tensor that the head uses after loading: the embedding's where they are tied."""
-    head, embedding = _named(checkpoint, "lm_head"), _named(checkpoint, "embed_tokens")
+    head, embedding = _named(checkpoint, "lm_head"), _embedding(checkpoint)
     return embedding or head if checkpoint.tied else head or embedding
+
+
+def _embedding(checkpoint: CheckpointFiles) -> str | None:
+    return _named(checkpoint, "embed_tokens") or checkpoint.embedding_name
 
 
 def _named(checkpoint: CheckpointFiles, part: str) -> str | None:
@@ -54,7 +58,7 @@ def head_findings(ending: EndingFiles, checkpoint: CheckpointFiles) -> list[Find
 
 
 def _reload_finding(ending: EndingFiles, checkpoint: CheckpointFiles) -> Finding:
-    head, embedding = _named(checkpoint, "lm_head"), _named(checkpoint, "embed_tokens")
+    head, embedding = _named(checkpoint, "lm_head"), _embedding(checkpoint)
     if not checkpoint.tied:
         if head is None:
             verdict = Verdict(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from harness.adapter_files import AdapterFiles, read_adapter
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
@@ -27,10 +28,21 @@ __all__ = ["examine_files", "merged_findings", "turn_starts"]
 
 EOS = "EOS ids"
 TURN = "end of turn"
+OPENING = "beginning of an answer"
+SETTINGS = "generation settings of the checkpoint"
 AGREEMENT = "agreement of the files"
 PADDING = "padding"
 VOCABULARY = "vocabulary and head"
 COPY = "merged copy"
+
+#: Settings that move or fake an end, whatever the model says.
+_BENDING = {
+    "min_new_tokens": "EOS is forbidden until then",
+    "min_length": "EOS is forbidden until then, the prompt included",
+    "forced_eos_token_id": "an answer that is cut off ends with EOS all the same",
+    "exponential_decay_length_penalty": "EOS is raised with the length",
+    "stop_strings": "answers are cut off there",
+}
 
 
 def examine_files(stack: AdapterStack, *, merged: Path | None = None) -> tuple[Finding, ...]:
@@ -65,8 +77,14 @@ def turn_starts(ending: EndingFiles) -> frozenset[int]:
 def ending_findings(ending: EndingFiles, family: Family | None) -> list[Finding]:
     """EOS ids, end of turn, agreement and padding, from the JSON files alone."""
     wrong = _wrong_ids(ending, family)
-    findings = [_eos_finding(ending, family, wrong), _turn_finding(ending, bool(wrong))]
-    return [*findings, _agreement_finding(ending), _padding_finding(ending)]
+    return [
+        _eos_finding(ending, family, wrong),
+        _turn_finding(ending, bool(wrong)),
+        _opening_finding(ending),
+        _settings_finding(ending),
+        _agreement_finding(ending),
+        _padding_finding(ending),
+    ]
 
 
 def _name(ending: EndingFiles, token_id: int) -> str:
@@ -139,6 +157,12 @@ def _with_ids(verdict: Verdict, ending: EndingFiles, family: Family | None) -> V
 def _turn_finding(ending: EndingFiles, wrong: bool) -> Finding:
     if ending.tokenizer is None or ending.tokenizer.template is None:
         verdict = _skipped(TURN, "there is no chat template to end a turn")
+    elif ending.broken:
+        verdict = _failed(
+            TURN,
+            f"the chat template does not parse: {ending.trouble}",
+            remedy="copy the template that belongs to the tokenizer",
+        )
     elif ending.trouble:
         verdict = _skipped(TURN, f"the chat template refuses a plain turn: {ending.trouble}")
     elif ending.turn_end is None:
@@ -163,6 +187,58 @@ def _turn_finding(ending: EndingFiles, wrong: bool) -> Finding:
                 remedy=f"set eos_token_id to {ids} in generation_config.json",
             )
     return Finding(kind=CauseKind.EOS_LIST, verdict=verdict)
+
+
+def _opening_finding(ending: EndingFiles) -> Finding:
+    if ending.tokenizer is None or ending.tokenizer.template is None or ending.trouble:
+        verdict = _skipped(OPENING, "there is no chat template to try")
+    elif ending.unopened is not None:
+        verdict = _failed(
+            OPENING,
+            f"in a conversation {ending.unopened!r} stands before an answer, and the prompt for "
+            "generation ends without it: the template does nothing with add_generation_prompt",
+            remedy="end the template with {% if add_generation_prompt %} and what opens an answer",
+        )
+    else:
+        verdict = _held(OPENING, "a prompt for generation ends where an answer begins")
+    return Finding(kind=CauseKind.OPENING, verdict=verdict)
+
+
+def _settings_finding(ending: EndingFiles) -> Finding:
+    """What `generation_config.json` does to EOS besides naming it.
+
+    Every other `generate` obeys it; the engine here passes all settings itself and does not.
+    """
+    said, ends = ending.generation, ending.turn_ids
+    lines: list[str] = []
+    banned = [n for n in _listed(said.get("suppress_tokens")) if n in ends]
+    banned += [w[0] for w in _listed(said.get("bad_words_ids")) if w in ([n] for n in ends)]
+    if banned:
+        lines.append(f"{_names(ending, banned)} is forbidden (suppress_tokens or bad_words_ids)")
+    biased = [
+        e[0]
+        for e in _listed(said.get("sequence_bias"))
+        if _listed(e) and e[0] in ([n] for n in ends)
+    ]
+    if biased:
+        lines.append(f"{_names(ending, [w[0] for w in biased])} has a bias (sequence_bias)")
+    for key, what in _BENDING.items():
+        if said.get(key):
+            lines.append(f"{key} = {said[key]!r}: {what}")
+    if lines:
+        verdict = _failed(
+            SETTINGS,
+            *(f"generation_config.json: {line}" for line in lines),
+            remedy="take these keys out of generation_config.json: they act in every generate call "
+            "that does not name them",
+        )
+    else:
+        verdict = _held(SETTINGS, "generation_config.json neither forbids nor forces an end")
+    return Finding(kind=CauseKind.SETTINGS, verdict=verdict)
+
+
+def _listed(value: object) -> list[Any]:
+    return list(value) if isinstance(value, list) else []
 
 
 def _agreement_finding(ending: EndingFiles) -> Finding:

@@ -182,17 +182,19 @@ def check_training_data(
 
 def _examples(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     regular_file(path, what="the data set", remedy="check the path given to --dataset")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                example = json.loads(line)
-            except json.JSONDecodeError as error:
+                example = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                reason = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
                 raise InputError(
-                    f"is not JSON: {error.msg}", where=f"{path}: line {number}",
-                    remedy="one JSON object a line",
-                ) from error  # fmt: skip
+                    f"is not JSON: {reason.get(type(error), str(error))}",
+                    where=f"{path}: line {number}",
+                    remedy="one JSON object a line, in UTF-8",
+                ) from error
             if not isinstance(example, dict):
                 raise InputError("is not an object", where=f"{path}: line {number}")
             yield number, example
@@ -212,7 +214,7 @@ class _Reader:
             given = [int(n) for n in example.get("labels", ids)]
             if len(given) != len(ids):
                 raise ValueError(f"{len(ids)} input_ids and {len(given)} labels")
-            return self._end_fault(ids, given)
+            return self._end_fault(*self._unpadded(ids, given, example.get("attention_mask")))
         messages = _messages(example)
         if messages is not None:
             return self._chat_fault(messages)
@@ -225,6 +227,26 @@ class _Reader:
             text += self.tokenizer.eos_token or ""
         ids = list(self.tokenizer(text)["input_ids"])
         return self._end_fault(ids, ids)
+
+    def _unpadded(
+        self, ids: list[int], labels: list[int], mask: Sequence[int] | None
+    ) -> tuple[list[int], list[int]]:
+        """Without the padding that an encoded example ends with, which may be an EOS id, too.
+
+        Padding that is the end of the turn cannot be told from it where no mask is given: what
+        is left must still end with EOS.
+        """
+        if mask is not None:
+            kept = [place for place, seen in enumerate(mask) if seen and place < len(ids)]
+            return [ids[place] for place in kept], [labels[place] for place in kept]
+        length = len(ids)
+        while length and (ids[length - 1], labels[length - 1]) == (
+            self.tokenizer.pad_token_id, IGNORED_LABEL
+        ):  # fmt: skip
+            length -= 1
+        if self._end(ids[:length]) is None:
+            return ids, labels
+        return ids[:length], labels[:length]
 
     def _chat_fault(self, messages: list[dict[str, Any]]) -> tuple[Fault, str] | None:
         if not messages or messages[-1]["role"] != "assistant":

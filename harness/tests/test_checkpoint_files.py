@@ -112,3 +112,15 @@ def test_a_config_may_name_the_weights_that_are_read(copy):
     path.write_text(json.dumps(config | {"transformers_weights": SINGLE_NAME}))
     with pytest.raises(InputError, match=rf"'{SINGLE_NAME}'.* instead of {INDEX_NAME}"):
         read_checkpoint(copy)
+
+
+def test_head_that_config_leaves_unsaid_is_tied_as_transformers_ties_it():
+    from transformers import CONFIG_MAPPING
+
+    from harness.checkpoint_files import _TIED_UNSAID
+
+    for kind in _TIED_UNSAID:
+        assert CONFIG_MAPPING[kind]().tie_word_embeddings, kind
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt_neox", "gptj"):
+        assert kind not in _TIED_UNSAID
+        assert not CONFIG_MAPPING[kind]().tie_word_embeddings, kind

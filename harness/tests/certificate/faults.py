@@ -291,6 +291,16 @@ def a_whole_module_replaced(s):
     s.model.base_model.set_adapter(["style", "instruct"])
 
 
+@fault(ADAPTERS, "a PromptEmbedding of PEFT acts here")
+def vectors_before_every_prompt(s):
+    from peft import PromptTuningConfig, get_peft_model
+
+    merged = s.model.merge_and_unload()
+    vars(merged).pop("peft_config", None)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    s.model = get_peft_model(merged, config).eval()
+
+
 @fault(EVALUATION, "dropout of 0.1 is on")
 def dropout_left_on(s):
     import torch
@@ -346,6 +356,17 @@ def forward_patched(s):
     mlp.forward = lambda x: original(x) * 0.9
 
 
+@fault(HOOKS, "accelerate hook")
+def steering_by_accelerate(s):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Steering(ModelHook):
+        def post_forward(self, module, output):
+            return output + 0.05
+
+    add_hook_to_module(s.layer("model.layers.0"), Steering())
+
+
 @fault(ARCHITECTURE, "act_fn is 'GELU'")
 def other_activation_function(s):
     import torch
@@ -377,6 +398,13 @@ def rotary_frequencies_scaled(s):
 def rotary_frequencies_in_bfloat16(s):
     rotary = s.layer("model.rotary_emb")
     rotary.inv_freq.copy_(rotary.inv_freq.bfloat16())
+
+
+@fault(BUFFERS, "rounded through bfloat16")
+def whole_model_cast_after_loading(s):
+    import torch
+
+    s.model.to(torch.bfloat16)  # loading in bfloat16 keeps the frequencies in float32
 
 
 @fault(ARCHITECTURE, "model.norm: is a Identity")
@@ -597,6 +625,16 @@ def eos_without_the_end_of_turn(s):
     s.generation |= {"eos_token_id": 256}
 
 
+@fault(EOS, "the call stops at [258] only, generation_config.json also at [256]")
+def eos_of_the_tokenizer_alone(s):
+    s.generation |= {"eos_token_id": s.tokenizer.eos_token_id}
+
+
+@fault(EOS, "EOS -1 is outside the vocabulary")
+def eos_minus_one(s):
+    s.generation |= {"eos_token_id": -1}
+
+
 @fault(EOS, "the chat template ends a turn with '<|im_end|>' (258)")
 def eos_without_the_template_s_end_of_turn(s):
     from harness.completion import Message, Prompt
@@ -650,6 +688,15 @@ def mask_hides_the_prompt(s):
     s.generation["attention_mask"][0, :2] = 0
 
 
+@fault(PADDING, "row 0: position_ids do not count from its first visible token")
+def positions_that_count_the_padding(s):
+    import torch
+
+    s.generation |= s.encoded()
+    rows, width = s.generation["input_ids"].shape
+    s.generation["position_ids"] = torch.arange(width).expand(rows, width)
+
+
 @fault(PADDING, "padding id 999 is outside the vocabulary")
 def padding_outside_the_vocabulary(s):
     s.generation |= {"pad_token_id": 999}
@@ -691,6 +738,26 @@ def eos_suppressed(s):
     s.model.generation_config.suppress_tokens = [258]
 
 
+@fault(DECODING, "PEFT applies one adapter to each row")
+def one_adapter_for_each_row(s):
+    s.generation |= {"adapter_names": ["style", "instruct", "style"]}
+
+
+@fault(DECODING, "inputs_embeds is passed")
+def vectors_instead_of_tokens(s):
+    s.generation |= {"inputs_embeds": s.layer("model.embed_tokens").weight[:4][None].detach()}
+
+
+@fault(DECODING, "custom_generate is passed")
+def decoding_loop_of_somebody(s):
+    s.generation |= {"custom_generate": lambda model, **arguments: None}
+
+
+@fault(LENGTH, "answers are cut off there")
+def stop_strings_leak_from_the_checkpoint(s):
+    s.model.generation_config.stop_strings = ["\n"]
+
+
 @fault(LENGTH, "stops after 20 tokens")
 def no_limit_given(s):
     s.generation = {"do_sample": False}
@@ -713,6 +780,11 @@ def cache_of_another_mode(s):
     with s.model.disable_adapter():
         cache = s.model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
     s.generation |= {"past_key_values": cache}
+
+
+@fault(CACHE, "is quantised")
+def cache_of_a_few_bits(s):
+    s.model.generation_config.cache_implementation = "quantized"
 
 
 @fault(TEMPLATE, "is not the one in the stack's files")

@@ -179,6 +179,27 @@ def batch_given_with_its_mask(s):
 
 
 @harmless
+def positions_given_as_generate_counts_them(s):
+    s.generation |= s.encoded()
+    positions = s.generation["attention_mask"].cumsum(dim=1) - 1
+    s.generation["position_ids"] = positions.clamp(min=0)
+
+
+@harmless
+def one_adapter_s_rows_in_its_own_mode(s):
+    s.mode = "style"
+    s.model.set_adapter("style")
+    s.generation |= {"adapter_names": ["style"] * 3}
+
+
+@harmless
+def hook_of_accelerate_s_own(s):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(s.layer("model.layers.0"), AlignDevicesHook(io_same_device=True))
+
+
+@harmless
 def declared_sampling_with_a_seed(s):
     from harness.completion import GenerationSettings
 

@@ -165,6 +165,16 @@ def test_adapter_that_was_never_trained_is_named(tmp_path):
     assert "it was never trained" in found.evidence[0]
 
 
+def test_adapter_whose_effect_is_rounding_fails_in_float32(tmp_path):
+    from harness.testing.tiny import AdapterSpec
+
+    specs = {"style": AdapterSpec(), "instruct": AdapterSpec(size=1e-12)}
+    subject = load_live(write_stack(tmp_path, adapters=specs))
+    found = subject.certify().check("each adapter's effect")
+    assert found.outcome == "failed"
+    assert "instruct: its effect is within rounding" in found.evidence[0]
+
+
 def test_model_is_left_as_it_was_found(subject):
     import torch
 

@@ -56,6 +56,20 @@ def base_unfrozen(s):
     s.bare.model.norm.weight.requires_grad_(True)
 
 
+def style_never_loaded(s):
+    for name, parameter in s.model.named_parameters():
+        if "lora_B.style" in name:
+            parameter.data.zero_()
+
+
+def style_of_scale_0_in_one_layer(s):
+    s.layer("model.layers.1.mlp.up_proj").scaling["style"] = 0.0
+
+
+def style_broken_in_one_layer(s):
+    s.layer("model.layers.1.mlp.up_proj").lora_B["style"].weight.data[0, 0] = float("nan")
+
+
 def nothing_trainable(s):
     s.model.requires_grad_(False)
 
@@ -105,6 +119,9 @@ def style_twice(s):
         (style_merged, FORWARD, "style is merged into the weight"),
         (one_layer_without_style, FORWARD, "model.layers.1.mlp.down_proj"),
         (style_twice, FORWARD, "applied twice"),
+        (style_never_loaded, FORWARD, "style adds nothing: every B is zero"),
+        (style_of_scale_0_in_one_layer, FORWARD, "up_proj: style has a scale of 0"),
+        (style_broken_in_one_layer, FORWARD, "up_proj: style holds NaN or infinity"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -45,6 +45,41 @@ def test_failing_stack_exits_1_and_says_where(stack_arguments, capsys, written_s
     assert "→ set eos_token_id" in out
 
 
+def test_quantised_base_is_refused_before_anything_is_loaded(
+    stack_arguments, capsys, written_stack, tmp_path
+):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(written_stack.base.path, base)
+    file = base / "config.json"
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    stack_arguments[1] = str(base)
+    from harness.cli import main
+
+    assert main(["verify", *stack_arguments]) == 2
+    err = capsys.readouterr().err
+    assert "the base is quantised ('bitsandbytes')" in err
+    assert "pip install" not in err
+
+
+def test_settings_that_act_only_in_other_programs_are_named(
+    stack_arguments, capsys, written_stack, tmp_path
+):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(written_stack.base.path, base)
+    file = base / "generation_config.json"
+    # The engine passes all settings itself; whoever else loads the folder obeys it.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"suppress_tokens": [258]}))
+    stack_arguments[1] = str(base)
+    code, out = run(["verify", *stack_arguments, "--modes", "base"], capsys)
+    assert code == 1
+    assert "suppress_tokens = [258] in generation_config.json" in out
+
+
 def test_help_imports_no_torch():
     import subprocess
 

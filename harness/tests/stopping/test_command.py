@@ -61,6 +61,13 @@ def test_files_alone_take_no_model(run, monkeypatch, stack_copy):
     assert [c["kind"] for c in json.loads(out)["causes"]] == ["end of turn is no EOS"]
 
 
+@pytest.mark.parametrize("more", [["--sweep"], ["--samples", "2"], ["--snapshots", "."]])
+def test_files_alone_generate_nothing(run, more):
+    code, out, err = run("--files-only", *more)
+    assert (code, out) == (2, "")
+    assert "--files-only: loads no model" in err
+
+
 def test_accepted_completions_are_replayed_without_generating(
     run, monkeypatch, tmp_path, embedded_engine
 ):

@@ -40,6 +40,13 @@ def test_natural_end_is_where_something_else_begins(ids, prompt, expected):
     assert sign_of(ids, prompt, turn_ids={12}) == expected
 
 
+def test_question_that_closes_an_answer_is_asked_of_the_user():
+    asking = [1, 2, 3, 4, 5, 6, 7]  # "The fox is red.\nWhere is it?"
+    assert sign_of(asking) == (EndSign.QUESTION, 4)  # cut off: who knows what follows
+    assert sign_of(asking, ended=True) is None
+    assert sign_of([*asking, 4, 1, 2, 3], ended=True) == (EndSign.QUESTION, 4)
+
+
 def test_token_that_stops_generation_is_no_overrun():
     assert sign_of([1, 2, 3, 12], turn_ids={12}, stops={12}) is None
 

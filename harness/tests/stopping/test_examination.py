@@ -199,9 +199,51 @@ def test_report_is_written_whole_and_inert(report, tmp_path):
     assert "# stopping of" in (folder / "report.md").read_text()
 
 
+def test_modes_that_declare_nothing_are_said_to_be_unjudged(no_generation, report):
+    said = {"stacked": ()}
+    for stops, noted in (({}, True), ({"stacked": "always"}, False)):
+        found = stopping.examine_stopping(said, stack=no_generation.stack, stops=stops)
+        assert any("not judged" in note for note in found.notes) == noted
+    found = stopping.examine_stopping(said, stack=no_generation.stack)
+    assert "not examined, though declared: base, style" in found.notes
+    assert not any("not judged" in note for note in report.notes)
+
+
+def test_what_is_refused_is_refused_before_anything_is_generated(no_generation, prompts, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    for wrong in (
+        {"dataset": tmp_path / "nowhere.jsonl"},
+        {"dataset": tmp_path / "data.jsonl", "labels": "asistant"},
+        {"merged": tmp_path / "nowhere"},
+    ):
+        with pytest.raises(InputError):
+            stopping.examine_stopping(no_generation, prompts=prompts, **wrong)
+
+
+def test_sweep_of_a_single_adapter_is_said_to_need_two(prompts, held_out):
+    from harness.embedded import embedded_folder
+    from harness.engines import load_engine
+    from harness.resolve import resolve_stack
+
+    stages = embedded_folder() / "stages"
+    adapters = {"lora": stages / "stage2_instruct_new_adapter"}
+    stack = resolve_stack(base_model=stages / "base", adapters=adapters)
+    with load_engine(stack, device="cpu", dtype="float32") as engine:
+        report = stopping.examine_stopping(
+            engine, prompts=prompts[:1], settings=held_out.settings, modes=["lora"], sweep=True
+        )
+    assert report.sweep is None
+    assert "a weight sweep needs two adapters" in report.notes
+
+
 def test_engine_without_prompts_is_refused(embedded_engine):
+    for more in ({"samples": 2}, {"sweep": True}):
+        with pytest.raises(InputError, match="give an engine, and prompts"):
+            stopping.examine_stopping({"stacked": ()}, engine=embedded_engine, **more)
     with pytest.raises(InputError, match="needs prompts"):
         stopping.examine_stopping(embedded_engine)
+    with pytest.raises(InputError, match="NoneType is neither an engine"):
+        stopping.examine_stopping(None)
     with pytest.raises(InputError, match="neither an engine"):
         stopping.examine_stopping([GenerationSettings()])
 

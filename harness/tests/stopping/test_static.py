@@ -11,7 +11,8 @@ from harness.stopping.families import FAMILIES, family_of
 from harness.stopping.static import ending_findings, examine_files
 from harness.verdict import Outcome
 
-TEMPLATE = "{% for m in messages %}START{{ m['role'] }}\n{{ m['content'] }}TURN\n{% endfor %}"
+TURNS = "{% for m in messages %}START{{ m['role'] }}\n{{ m['content'] }}TURN\n{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}STARTassistant\n{% endif %}"
 
 
 @pytest.fixture
@@ -93,6 +94,86 @@ def test_template_that_refuses_is_skipped_with_the_reason(folder_of):
     assert not failing(folder)
 
 
+def test_template_that_does_not_parse_is_found(folder_of):
+    folder = folder_of(FAMILIES[1], ["<|im_end|>"], chat_template="{{ messages")
+    assert "does not parse" in failing(folder)["end of turn"].evidence[0]
+
+
+def test_template_that_marks_what_is_learned_is_read(folder_of):
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{%- generation -%}"
+        "{{ m['content'] }}<|endoftext|>{% endgeneration %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    folder = folder_of(FAMILIES[1], ["<|im_end|>"], chat_template=marked)
+    assert read_ending(folder).trouble is None
+    assert "'<|endoftext|>' (151643)" in failing(folder)["end of turn"].evidence[0]
+
+
+def test_template_without_a_generation_prompt_is_found(folder_of):
+    family = FAMILIES[1]
+    turns = TURNS.replace("START", family.turn_start).replace("TURN", family.turn_end)
+    folder = folder_of(family, ["<|im_end|>"], chat_template=turns)
+    assert (
+        "'<|im_start|>assistant\\n' stands before an answer"
+        in (failing(folder)["beginning of an answer"].evidence[0])
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # Mistral's: the question's own end opens the answer.
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}",
+        # The first of Llama 3: the answer is opened whether asked for or not.
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>"
+        "{% endfor %}{% if messages[-1]['role'] == 'user' %}<|im_start|>assistant\n{% endif %}",
+        # Qwen3's: an answer begins with empty thoughts, the prompt does not.
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ],
+    ids=["mistral", "llama3", "qwen3"],
+)
+def test_template_that_opens_an_answer_in_its_own_way_is_sound(folder_of, template):
+    folder = folder_of(FAMILIES[1], ["<|im_end|>"], chat_template=template)
+    assert not failing(folder)
+
+
+BENDING = {
+    "suppress_tokens": [151645],
+    "bad_words_ids": [[7], [151645]],
+    "sequence_bias": [[[151645], -10.0]],
+    "min_new_tokens": 40,
+    "min_length": 60,
+    "forced_eos_token_id": 151645,
+    "exponential_decay_length_penalty": [5, 1.5],
+    "stop_strings": ["\n"],
+}
+
+
+@pytest.mark.parametrize("key", BENDING)
+def test_checkpoint_whose_settings_bend_the_end_is_found(folder_of, key):
+    folder = folder_of(FAMILIES[1], ["<|im_end|>"])
+    file = folder / "generation_config.json"
+    sound = json.loads(file.read_text()) | {"min_length": 0, "suppress_tokens": [7]}
+    file.write_text(json.dumps(sound))
+    assert not failing(folder)
+    file.write_text(json.dumps(sound | {key: BENDING[key]}))
+    assert key in failing(folder)["generation settings of the checkpoint"].evidence[0]
+
+
+@pytest.mark.parametrize("value", ["151645", True, [[151645]], [151645.0], {"a": 1}])
+def test_eos_that_is_no_id_is_bad_input(folder_of, value):
+    from harness.errors import InputError
+
+    folder = folder_of(FAMILIES[1], ["<|im_end|>"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(InputError, match="is no token id"):
+        read_ending(folder)
+
+
 def test_reading_what_ends_a_turn_imports_no_torch():
     code = (
         "import sys; from harness.ending import read_ending; "
@@ -139,3 +220,14 @@ def test_adapter_of_the_head_is_mentioned(tmp_path):
     }
     assert "style adapts lm_head" in found["adapters and the EOS rows"].evidence[0]
     assert found["head at reload"].evidence == ("the head has weights of its own",)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2"])
+def test_head_that_is_tied_unsaid_is_the_embedding(tmp_path, kind):
+    """The hub's Gemma and GPT-2 have neither a head nor `tie_word_embeddings`."""
+    from harness.tests.certificate.test_families import live_stack
+
+    _, stack = live_stack(tmp_path, {"gemma3_text": "gemma3"}.get(kind, kind), tie_said=False)
+    found = {f.verdict.name: f.verdict for f in examine_files(stack)}
+    assert found["head at reload"].evidence == ("the head is the embedding, as tied",)
+    assert "tied to the embedding" in found["EOS rows of the head"].evidence[0]

@@ -76,6 +76,24 @@ def test_given_labels_and_appended_eos_count(check):
     assert check({"text": "It is red."}, append_eos=True).share == 1.0
 
 
+@pytest.mark.parametrize(
+    ("example", "fault"),
+    [
+        # Padding is <|endoftext|> (637), at which generation stops, too.
+        ({"input_ids": [1, 639, 637, 637], "labels": [1, 639, -100, -100]}, None),
+        ({"input_ids": [1, 639, 637, 637], "labels": [1, -100, -100, -100]}, Fault.MASKED),
+        ({"input_ids": [1, 637, 637, 637], "labels": [1, -100, -100, -100]}, Fault.MASKED),
+        ({"input_ids": [1, 2, 637, 637], "labels": [1, 2, 637, -100],
+          "attention_mask": [1, 1, 1, 0]}, None),
+        ({"input_ids": [1, 2, 637, 637], "labels": [1, 2, 637, 637],
+          "attention_mask": [1, 1, 0, 0]}, Fault.NO_EOS),
+    ],
+)  # fmt: skip
+def test_padding_behind_an_encoded_example_is_not_its_end(check, example, fault):
+    found = [offender.fault for offender in check(example).offenders]
+    assert found == ([] if fault is None else [fault])
+
+
 def test_embedded_stages_were_taught_to_end(check):
     import sys
 
@@ -93,6 +111,8 @@ def test_embedded_stages_were_taught_to_end(check):
     [
         ("", "holds no example"),
         ('{"text": "a"}\n{', "line 2: is not JSON"),
+        ('{"text": "\xe9"}', "line 1: is not JSON: not UTF-8"),
+        ("[" * 100_000, "line 1: is not JSON: nested too deeply"),
         ("[1]", "line 1: is not an object"),
         ('{"nothing": 1}', "line 1: is no example"),
         ('{"messages": [{"role": "user"}]}', "line 1: is no example"),
@@ -101,7 +121,7 @@ def test_embedded_stages_were_taught_to_end(check):
 )
 def test_faulty_file_is_refused_with_the_line(tokenizer, tmp_path, lines, complaint):
     file = tmp_path / "data.jsonl"
-    file.write_text(lines)
+    file.write_bytes(lines.encode("latin-1"))
     with pytest.raises(InputError, match=complaint):
         check_training_data(file, tokenizer, stops=STOPS)
 
