@@ -22,7 +22,7 @@ from harness.terminal import console, errors, shown
 if TYPE_CHECKING:
     from harness.certificate import Certificate
     from harness.preset import Preset
-    from harness.stack import AdapterStack
+    from harness.stack import AdapterStack, Mode
     from harness.verdict import Outcome
 
 SUMMARY = "prove that the stack is applied as claimed: the certificate, mode by mode"
@@ -105,7 +105,7 @@ def _certify(
     from harness.certificate import certify_stack
     from harness.completion import Application
     from harness.engines import load_engine
-    from harness.engines.faults import device_fault, give_memory_back
+    from harness.engines.faults import attempt
     from harness.engines.loading import ActivationError
     from harness.verdict import Outcome
 
@@ -125,7 +125,8 @@ def _certify(
                     certificates[mode.name] = _one_check(mode.name, Outcome.UNDECIDED, said)
                     continue
                 errors().print(f"certifying {mode.name} …")
-                try:
+
+                def certify(mode: Mode = mode) -> None:
                     with engine.mode(mode, application) as model:
                         certificates[mode.name] = certify_stack(
                             model,
@@ -136,18 +137,13 @@ def _certify(
                             generation=preset.settings,
                             end_to_end=mode.name == widest,
                         )
-                except Exception as error:
-                    fault = device_fault(error)
-                    if fault is None:
-                        raise
+
+                fault = attempt(certify)
+                if fault is not None:
                     certificates[mode.name] = _one_check(
                         mode.name, Outcome.FAILED, fault.said, fault.remedy
                     )
                     broken_by = mode.name if fault.sticky else ""
-                else:
-                    continue
-                if not broken_by:  # after the error is gone, which held what the mode held
-                    give_memory_back()
     except ActivationError as error:
         # The engine itself found the live model to be other than the files.
         certificates["loading"] = _one_check(
