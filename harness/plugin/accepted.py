@@ -7,7 +7,6 @@ terminal.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -394,8 +393,10 @@ class Accepted:
 
 
 def _sha256(path: Path) -> str:
+    from harness.snapshot_files import file_sha256
+
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     except OSError:
         return ""
 
