@@ -119,6 +119,9 @@ def _certify(
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
         ) as engine:
+            if engine.tokenizer.chat_template is not None:  # else their words are probed with
+                for prompt in preset.prompts:
+                    engine.token_ids(prompt)  # one that is refused is found before the first mode
             for mode in stack.modes:
                 if broken_by:
                     said = f"not run: the device has been broken since the mode {broken_by}"

@@ -45,6 +45,23 @@ def test_failing_stack_exits_1_and_says_where(stack_arguments, capsys, written_s
     assert "→ set eos_token_id" in out
 
 
+def test_a_prompt_that_the_template_refuses_is_bad_input(
+    stack_arguments, capsys, written_stack, tmp_path
+):
+    import shutil
+
+    from harness.cli import main
+
+    base = tmp_path / "base"
+    shutil.copytree(written_stack.base.path, base)
+    (base / "chat_template.jinja").write_text("{{ raise_exception('no such turn') }}")
+    stack_arguments[1:4] = [str(base), "--preset", "elegant_style"]
+    assert main(["verify", *stack_arguments]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: prompt ")
+    assert "the chat template refuses it: no such turn → " in said
+
+
 def test_help_imports_no_torch():
     import subprocess
 
