@@ -1,6 +1,11 @@
 """Tiny stacks on disk for the harness' own tests. torch is imported when a test asks for it."""
 
 import pytest
+from hypothesis import settings
+
+# A slow machine finds no other faults than a quick one.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session", autouse=True)
