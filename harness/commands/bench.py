@@ -106,13 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
     report = LatencyReport(
         results=results, verdicts=tuple(verdicts), changes=tuple(changes), history=tuple(history)
     )
+    unwritten: InputError | None = None
     if arguments.output:
-        write_latency(report, Path(arguments.output))
+        try:
+            write_latency(report, Path(arguments.output))
+        except InputError as error:  # what was measured is shown all the same
+            unwritten = error
     if arguments.json:
         json.dump(as_json(report), sys.stdout, ensure_ascii=False, indent=1)
         print()
     else:
-        print_latency(console(), report, arguments.output)
+        print_latency(console(), report, None if unwritten else arguments.output)
+    if unwritten is not None:
+        raise unwritten
     if code is not None:
         return code
     return 0 if report.outcome.passed else 1

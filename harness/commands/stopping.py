@@ -101,13 +101,19 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         code = exit_code(error)
         report = _so_far(stack, said, application=arguments.application)
+    unwritten: InputError | None = None
     if folder is not None:
-        _write(report, folder)
+        try:
+            _write(report, folder)
+        except InputError as error:  # what was found is shown all the same
+            unwritten, folder = error, None
     if arguments.json:
         json.dump(as_json(report), sys.stdout, ensure_ascii=False, indent=1, allow_nan=False)
         print()
     else:
         _print(report, folder)
+    if unwritten is not None:
+        raise unwritten
     if code is not None:
         return code
     return 0 if report.passed else 1

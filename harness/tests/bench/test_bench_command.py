@@ -181,6 +181,24 @@ def test_an_interrupt_leaves_what_was_measured_undecided(
     assert f"of a session that was interrupted: {so_far}" in capsys.readouterr().err
 
 
+def test_what_was_measured_is_shown_where_the_report_cannot_be_written(
+    base, monkeypatch, capsys, tmp_path, measured
+):
+    import harness.report.latency
+    from harness.errors import InputError
+
+    def write(report, folder):
+        raise InputError("cannot be written: No space left on device", where=folder)
+
+    monkeypatch.setattr(harness.report.latency, "write_latency", write)
+    words = [*base, "--results", str(measured / "report.json"), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "base, batch 1" in said.out
+    assert "report: " not in said.out
+    assert said.err.endswith("out: cannot be written: No space left on device\n")
+
+
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_an_interrupt_before_a_round_is_over_writes_nothing(
     base, monkeypatch, capsys, tmp_path, rounds
