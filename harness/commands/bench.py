@@ -209,11 +209,17 @@ def _loaded(
 def _stack(arguments: argparse.Namespace) -> AdapterStack:
     from harness.resolve import stack_from_options
 
-    return stack_from_options(
+    stack = stack_from_options(
         stack_options_of(arguments),
         random_base=True,
         random_ranks=random_ranks(arguments.random_rank),
     )
+    if arguments.random_rank and all(a.random_rank is None for a in stack.adapters):
+        raise InputError(
+            "builds adapters for a random base, and this stack has its own", where="--random-rank",
+            remedy="give --base-model random:… and no adapters, or leave it out",
+        )  # fmt: skip
+    return stack
 
 
 def _measured(arguments: argparse.Namespace, stack: AdapterStack) -> tuple[Results, int | None]:
@@ -274,7 +280,14 @@ def _in_turn(
     from harness.bench.pairing import Worker, in_turn
     from harness.bench.results import joined
 
-    other = shlex.split(arguments.against_command)
+    try:
+        other = shlex.split(arguments.against_command)
+    except ValueError as error:
+        raise InputError(
+            f"cannot be read as a command: {error}",
+            where="--against-command",
+            remedy="quote it as for a shell",
+        ) from error
     if not other:
         raise InputError("is empty", where="--against-command", remedy="name a lora-stack")
     rest = _serving(sys.argv[1:])

@@ -96,6 +96,7 @@ def test_another_machine_is_incomparable(measured, base, tmp_path, capsys):
         (["--random-rank", "style=two"], "--random-rank"),
         (["--input-tokens", "600"], "do not fit the context of 512"),
         (["--against-command", "nowhere-to-be-found"], "cannot be started"),
+        (["--against-command", "'"], "cannot be read as a command: No closing quotation"),
         (["--against-command", "x", "--against", "y"], "--against-command"),
     ],
 )
@@ -197,6 +198,11 @@ def test_what_was_measured_is_shown_where_the_report_cannot_be_written(
     assert "base, batch 1" in said.out
     assert "report: " not in said.out
     assert said.err.endswith("out: cannot be written: No space left on device\n")
+
+
+def test_ranks_of_random_adapters_are_not_ignored_beside_real_ones(capsys):
+    assert main(["bench", "--random-rank", "style=4"]) == 2
+    assert "--random-rank: builds adapters for a random base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
