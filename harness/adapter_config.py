@@ -150,6 +150,7 @@ def read_adapter_config(folder: Path, *, trust_remote_code: bool = False) -> Ada
     for key in _TABLES:
         read.table(key)
     read.layers("layers_to_transform")
+    _check_layers(raw, read)
     read.share("lora_dropout")
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
         read.fault("bias", f"{quoted(raw['bias'])} is unknown", "write none")
@@ -223,6 +224,17 @@ def _check_kind(raw: Mapping[str, Any], read: FieldReader) -> None:
     )
 
 
+def _check_layers(raw: Mapping[str, Any], read: FieldReader) -> None:
+    """What PEFT refuses when it loads the adapter."""
+    advice = "remove it, or save the adapter again with save_pretrained"
+    if isinstance(raw.get("target_modules"), str):
+        for key in ("layers_to_transform", "layers_pattern"):
+            if raw.get(key) is not None:
+                read.fault(key, "is set, and target_modules is a pattern", advice)
+    elif raw.get("layers_pattern") and raw.get("layers_to_transform") is None:
+        read.fault("layers_pattern", "is set, and layers_to_transform is not", advice)
+
+
 def _check_code(raw: Mapping[str, Any], read: FieldReader, trusted: bool) -> None:
     if trusted:
         return
@@ -266,7 +278,12 @@ def _base_claim(raw: Mapping[str, Any], read: FieldReader) -> str | None:
 
 def _reasons(raw: Mapping[str, Any]) -> list[str]:
     """Why the adapter is not additive, a line a reason."""
-    reasons = [f"{key}: {why}" for key, why in _NOT_ADDITIVE.items() if raw.get(key)]
+    # An empty table is enough to switch a variant on.
+    reasons = [
+        f"{key}: {why}"
+        for key, why in _NOT_ADDITIVE.items()
+        if raw.get(key) or isinstance(raw.get(key), dict)
+    ]
     bias = raw.get("bias", "none")
     if bias != "none":
         reasons.append(

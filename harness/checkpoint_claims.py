@@ -109,6 +109,7 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
     if read.raw.get("model_type") == "qwen3":
         of_layer |= {f"self_attn.{name}_norm.weight": [width] for name in "qk"}
     layers = sizes["num_hidden_layers"]
+    _check_attention(read, layers)
     present = {int(m[1]) for name in checkpoint.places if (m := _LAYER.fullmatch(name))}
     if len(present) != layers or max(present, default=-1) != layers - 1:
         read.fault(
@@ -124,6 +125,23 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
         if not enough(faults):
             _check_shape(checkpoint, name, shape, faults)
     _check_tie(checkpoint, faults)
+
+
+def _check_attention(read: FieldReader, layers: int) -> None:
+    """The kind of each layer's attention: transformers finds out while it generates."""
+    kinds = read.raw.get("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        count = f"{len(kinds)} kinds" if isinstance(kinds, list) else quoted(kinds)
+        read.fault("layer_types", f"{count} for {layers} layers", _AGAIN)
+        return
+    window = read.raw.get("sliding_window")
+    switched_off = str(read.raw["model_type"]).startswith("qwen") and not read.flag(
+        "use_sliding_window"
+    )
+    if "sliding_attention" in kinds and (switched_off or not window):
+        read.fault("layer_types", "names sliding_attention, and there is no sliding_window", _AGAIN)
 
 
 def _check_shape(

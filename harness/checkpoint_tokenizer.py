@@ -111,6 +111,11 @@ def _token_ids(read: FieldReader) -> tuple[dict[str, int], set[str]]:
     if not ids:
         read.fault("model", "holds no vocab", _AGAIN)
         return {}, set()
+    owners: dict[Any, str] = {}
+    for token, number in ids.items():
+        if type(number) is int and owners.setdefault(number, token) != token:
+            fault = f"vocab gives the id {number} to {quoted(owners[number])} and {quoted(token)}"
+            read.fault("model", fault, _AGAIN)
     tokens = added if isinstance(added, list) else []
     later = {str(t.get("content")): t.get("id") for t in tokens if isinstance(t, dict)}
     only_added = set(later) - set(ids)

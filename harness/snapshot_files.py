@@ -28,6 +28,7 @@ __all__ = [
     "SIDECAR_SUFFIX",
     "Pair",
     "evidence_of",
+    "file_sha256",
     "read_pair",
     "replace_pair",
     "sidecar_bytes",
@@ -188,6 +189,15 @@ def _exchange(path: Path, text: bytes, new: _Half) -> None:
         place_both()
         place_text()
         place_new()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256, hexadecimal, of a text or a sidecar; `""` where it is not there.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    return _hex(_read(path))
 
 
 def _hex(data: bytes | None) -> str:

@@ -28,7 +28,7 @@ _FORM = 1
 _BASE_NAMES = (
     "config.json", INDEX_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
+    "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _ADAPTER_NAMES = (CONFIG_NAME, WEIGHTS_NAME, "chat_template.jinja")
 _AGAIN = "restore it, or accept the change with: lora-stack lock"
@@ -88,7 +88,8 @@ def make_lock(
 def _files(stack: AdapterStack) -> dict[str, dict[str, Path]]:
     base = stack.base.path
     names = [shard.path.name for shard in read_checkpoint(base).shards] or [SINGLE_NAME]
-    found = {"base": {n: base / n for n in [*names, *_BASE_NAMES] if is_there(base / n)}}
+    code = sorted(path.name for path in base.glob("*.py"))  # what --trust-remote-code runs
+    found = {"base": {n: base / n for n in [*names, *_BASE_NAMES, *code] if is_there(base / n)}}
     for adapter in stack.adapters:
         found[f"adapter {adapter.name}"] = {
             n: adapter.path / n for n in _ADAPTER_NAMES if is_there(adapter.path / n)

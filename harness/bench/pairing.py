@@ -115,12 +115,15 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        """End it: once it has been read to the end it ends by itself, else nobody waits for it."""
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
+        if failed is not None:
+            self._process.terminate()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=30 if failed is None else 2)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -50,6 +50,7 @@ class Results:
         in_turn: whether round n of every cell ran in one turn, so that rounds pair up.
         commit: `id`, `time`, `branch` as pytest-benchmark records them.
         moment: ISO 8601, UTC.
+        interrupted: how far a session came that did not get to its end; empty for a whole one.
         verdict: of the gate that judged these results, where one did.
         failed: `key metric` of what failed that gate.
     """
@@ -65,6 +66,7 @@ class Results:
     in_turn: bool = False
     commit: Mapping[str, Any] = field(default_factory=dict)
     moment: str = ""
+    interrupted: str = ""
     source: str = ""
     verdict: str | None = None
     failed: tuple[str, ...] = ()
@@ -124,6 +126,7 @@ def session_as_json(results: Results) -> dict[str, Any]:
         "load_s": results.load_s,
         "in_turn": results.in_turn,
         "skipped": dict(results.skipped),
+        **({"interrupted": results.interrupted} if results.interrupted else {}),
     }
 
 
@@ -224,6 +227,10 @@ def results_in(document: Mapping[str, Any], path: str) -> Results:
             f"has format {session.get('format')!r}, this version reads {FORMAT}",
             where=path,
             remedy=_REMEDY,
+        )
+    if interrupted := session.get("interrupted"):
+        raise InputError(
+            f"is of a session that was interrupted: {interrupted}", where=path, remedy=_REMEDY
         )
     cells: dict[str, CellResult] = {}
     for benchmark in listed:

@@ -37,6 +37,7 @@ def results_of(
     *,
     in_turn: bool = False,
     commit: Mapping[str, Any] | None = None,
+    interrupted: str = "",
 ) -> Results:
     """Everything that this session measured, with what it was measured on."""
     ceilings = measurer.ceilings
@@ -52,6 +53,7 @@ def results_of(
         in_turn=in_turn,
         commit=commit_here() if commit is None else commit,
         moment=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        interrupted=interrupted,
     )
 
 

@@ -23,6 +23,7 @@ from harness.errors import InputError
 __all__ = [
     "Visit",
     "collected",
+    "collected_so_far",
     "groups_of",
     "interleaved",
     "measurable",
@@ -106,19 +107,24 @@ def interleaved(
     repeats: int = 1,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
+    visits: dict[str, list[Visit]] | None = None,
 ) -> tuple[list[CellResult], dict[str, str]]:
     """*rounds* rounds over all *cells*, in another order each round, after one that warms up.
 
     Compiled cells are measured one after the other instead: entering a mode anew would compile
     anew.
 
+    Args:
+        visits: filled round by round, by key, for whoever is interrupted (`collected_so_far`).
+
     Returns:
         The results in the order of *cells*, and for those that cannot be measured here the reason
         by key.
     """
     possible, skipped = measurable(measurer, cells)
+    visits = {} if visits is None else visits
     compiled = [cell for cell in possible if cell.decoding == Decoding.COMPILED]
-    visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
+    visits |= {cell.key: [] for cell in possible}
     in_turn = [cell for cell in possible if cell not in compiled]
     try:
         for number in range(rounds + 1):
@@ -140,6 +146,15 @@ def interleaved(
         error.add_note(f"{done} of {rounds * len(possible)} rounds of cells were measured")
         raise
     return [collected(measurer, cell, visits[cell.key]) for cell in possible], skipped
+
+
+def collected_so_far(
+    measurer: Measurer, cells: Sequence[Cell], visits: Mapping[str, Sequence[Visit]]
+) -> tuple[list[CellResult], dict[str, str]]:
+    """What `interleaved` had measured when it was interrupted, and the cells that it had not."""
+    made = [cell for cell in cells if visits.get(cell.key)]
+    left = {cell.key: "interrupted before a round was over" for cell in cells if cell not in made}
+    return [collected(measurer, cell, visits[cell.key]) for cell in made], left
 
 
 def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:

@@ -196,7 +196,10 @@ def _end_of_turn(tokenizer: Any, prompts: Sequence[Prompt | str]) -> int | None:
     if tokenizer is None or not chats or tokenizer.chat_template is None:
         return None
     turns = [dict(turn) for turn in PROBE_TURNS]
-    behind = behind_answer(tokenizer.apply_chat_template(turns, tokenize=False))
+    try:
+        behind = behind_answer(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # templates raise what they like: this one takes no such conversation
+        return None
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
     return (
         int(ids[0])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.display.terminal import console, errors, shown
 from harness.errors import InputError
+from harness.interrupts import exit_code
 from harness.options import (
     BENCH_OPTIONS,
     add_option,
@@ -92,29 +93,34 @@ def run(arguments: argparse.Namespace) -> int:
         check_place(Path(arguments.output), inputs=_inputs(stack) if stack else ())
     # Older results that cannot be read are found before anything is measured.
     history = _history(arguments.against)
+    code = None
     if arguments.against_command:
-        verdicts, changes, results, before = _in_turn(arguments)
-        report = LatencyReport(
-            results=results, verdicts=tuple(verdicts), changes=tuple(changes), history=(before,)
-        )
+        verdicts, changes, results, before, code = _in_turn(arguments)
+        history = [before]
     else:
-        results = (
-            _given(arguments.results)
-            if arguments.results
-            else _measured(arguments, stack or _stack(arguments))
-        )
+        if arguments.results:
+            results = _given(arguments.results)
+        else:
+            results, code = _measured(arguments, stack or _stack(arguments))
         verdicts, changes = _judged(history, results, _thresholds(arguments))
-        report = LatencyReport(
-            results=results, verdicts=tuple(verdicts), changes=tuple(changes),
-            history=tuple(history),
-        )  # fmt: skip
+    report = LatencyReport(
+        results=results, verdicts=tuple(verdicts), changes=tuple(changes), history=tuple(history)
+    )
+    unwritten: InputError | None = None
     if arguments.output:
-        write_latency(report, Path(arguments.output))
+        try:
+            write_latency(report, Path(arguments.output))
+        except InputError as error:  # what was measured is shown all the same
+            unwritten = error
     if arguments.json:
         json.dump(as_json(report), sys.stdout, ensure_ascii=False, indent=1)
         print()
     else:
-        print_latency(console(), report, arguments.output)
+        print_latency(console(), report, None if unwritten else arguments.output)
+    if unwritten is not None:
+        raise unwritten
+    if code is not None:
+        return code
     return 0 if report.outcome.passed else 1
 
 
@@ -203,16 +209,23 @@ def _loaded(
 def _stack(arguments: argparse.Namespace) -> AdapterStack:
     from harness.resolve import stack_from_options
 
-    return stack_from_options(
+    stack = stack_from_options(
         stack_options_of(arguments),
         random_base=True,
         random_ranks=random_ranks(arguments.random_rank),
     )
+    if arguments.random_rank and all(a.random_rank is None for a in stack.adapters):
+        raise InputError(
+            "builds adapters for a random base, and this stack has its own", where="--random-rank",
+            remedy="give --base-model random:… and no adapters, or leave it out",
+        )  # fmt: skip
+    return stack
 
 
-def _measured(arguments: argparse.Namespace, stack: AdapterStack) -> Results:
+def _measured(arguments: argparse.Namespace, stack: AdapterStack) -> tuple[Results, int | None]:
+    """What was measured, and the exit code of an interrupt that came before the end."""
     from harness.bench.session import results_of
-    from harness.bench.visiting import interleaved
+    from harness.bench.visiting import Visit, collected_so_far, interleaved
 
     out = errors() if arguments.json else console()
     if not stack_options_of(arguments).named:
@@ -220,13 +233,23 @@ def _measured(arguments: argparse.Namespace, stack: AdapterStack) -> Results:
     if stack.random:
         out.print(f"{shown(stack.base.source)}: random weights; only its times mean anything")
     measurer, cells = _loaded(arguments, stack, ceilings=True)
+    visits: dict[str, list[Visit]] = {}
+    code, interrupted = None, ""
     with measurer.engine, _progress(f"{len(cells)} cells × {arguments.rounds}") as report:
-        made, skipped = interleaved(
-            measurer, cells, arguments.rounds, repeats=_repeats(arguments, measurer),
-            progress=report,
-        )  # fmt: skip
-        measurer.close_ceilings()
-        return results_of(measurer, made, skipped, in_turn=True)
+        try:
+            made, skipped = interleaved(
+                measurer, cells, arguments.rounds, repeats=_repeats(arguments, measurer),
+                progress=report, visits=visits,
+            )  # fmt: skip
+            measurer.close_ceilings()
+        except KeyboardInterrupt as error:
+            made, skipped = collected_so_far(measurer, cells, visits)
+            if not made:
+                raise
+            notes = getattr(error, "__notes__", ["all rounds were measured, the end not reached"])
+            code, interrupted = exit_code(error), "; ".join(notes)
+        results = results_of(measurer, made, skipped, in_turn=True, interrupted=interrupted)
+    return results, code
 
 
 def _repeats(arguments: argparse.Namespace, measurer: Measurer) -> int:
@@ -247,15 +270,24 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _in_turn(
     arguments: argparse.Namespace,
-) -> tuple[list[Verdict], list[Change], Results, Results]:
-    """The other command's rounds in turn with ours; both started several times."""
+) -> tuple[list[Verdict], list[Change], Results, Results, int | None]:
+    """The other command's rounds in turn with ours; both started several times. After an interrupt
+    the launches that are done, and the exit code."""
     from contextlib import ExitStack
+    from dataclasses import replace
 
     from harness.bench.judging import judge_pair
     from harness.bench.pairing import Worker, in_turn
     from harness.bench.results import joined
 
-    other = shlex.split(arguments.against_command)
+    try:
+        other = shlex.split(arguments.against_command)
+    except ValueError as error:
+        raise InputError(
+            f"cannot be read as a command: {error}",
+            where="--against-command",
+            remedy="quote it as for a shell",
+        ) from error
     if not other:
         raise InputError("is empty", where="--against-command", remedy="name a lora-stack")
     rest = _serving(sys.argv[1:])
@@ -264,22 +296,30 @@ def _in_turn(
     rounds = -(-arguments.rounds // launches)
     old: list[Results] = []
     new: list[Results] = []
-    with _progress(f"{launches} launches × {rounds} rounds in turn") as report:
-        for launch in range(launches):
+    try:
+        with _progress(f"{launches} launches × {rounds} rounds in turn") as report:
+            for launch in range(launches):
 
-            def part(share: float, launch: int = launch) -> None:
-                report((launch + share) / launches)
+                def part(share: float, launch: int = launch) -> None:
+                    report((launch + share) / launches)
 
-            with ExitStack() as running:
-                workers = [
-                    running.enter_context(Worker([*command, *rest], name))
-                    for command, name in ((other, "old"), (ours, "new"))
-                ]
-                before, now = in_turn(workers, rounds, progress=part, seed=launch)
-            old.append(before)
-            new.append(now)
+                with ExitStack() as running:
+                    workers = [
+                        running.enter_context(Worker([*command, *rest], name))
+                        for command, name in ((other, "old"), (ours, "new"))
+                    ]
+                    before, now = in_turn(workers, rounds, progress=part, seed=launch)
+                old.append(before)
+                new.append(now)
+    except KeyboardInterrupt as error:
+        so_far = f"{len(new)} of {launches} launches of each side were measured"
+        if not new:
+            error.add_note(so_far)
+            raise
+        result = replace(joined(new), interrupted=so_far)
+        return [_interrupted(result)], [], result, joined(old[: len(new)]), exit_code(error)
     verdicts, changes = judge_pair(old, new, _thresholds(arguments))
-    return verdicts, changes, joined(new), joined(old)
+    return verdicts, changes, joined(new), joined(old), None
 
 
 def _serving(argv: Sequence[str]) -> list[str]:
@@ -304,6 +344,8 @@ def _judged(
     from harness.bench.judging import judge_history
     from harness.verdict import Outcome, Verdict
 
+    if results.interrupted:
+        return [_interrupted(results)], []
     if history:
         return judge_history(history, results, thresholds)
     measured = Verdict(
@@ -316,6 +358,14 @@ def _judged(
         for key, reason in results.skipped.items()
     ]
     return [measured, *skipped], []
+
+
+def _interrupted(results: Results) -> Verdict:
+    """Part of a session is not compared: what it lacks would be missing from it for good."""
+    from harness.verdict import Outcome, Verdict
+
+    said = f"interrupted: {results.interrupted}; compared with nothing"
+    return Verdict(name="latency: the session", outcome=Outcome.UNDECIDED, evidence=(said,))
 
 
 class _progress:

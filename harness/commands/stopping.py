@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.display.terminal import console, errors, shown
+from harness.interrupts import exit_code
 from harness.options import (
     APPLICATION_OPTION,
     PROMPT_OPTIONS,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from harness.completion import Application, Completion
     from harness.engines.peft import PeftEngine
     from harness.preset import Preset
+    from harness.snapshot import Snapshot
     from harness.stack import AdapterStack
     from harness.stopping import StoppingReport
 
@@ -94,14 +96,31 @@ def run(arguments: argparse.Namespace) -> int:
         check_place(folder, inputs=[stack.base.path, *(a.path for a in stack.adapters)])
     if not options.named:
         errors().print("no stack was named: this is the embedded tiny trained one")
-    report = _examine(arguments, stack, preset)
+    said: dict[str, tuple[Completion | Snapshot, ...]] = {}
+    code = None
+    try:
+        report = _examine(arguments, stack, preset, said)
+    except KeyboardInterrupt as error:
+        if not said:
+            error.add_note(f"0 of {len(stack.modes)} modes were generated")
+            raise
+        code = exit_code(error)
+        report = _so_far(stack, said, application=arguments.application)
+    unwritten: InputError | None = None
     if folder is not None:
-        _write(report, folder)
+        try:
+            _write(report, folder)
+        except InputError as error:  # what was found is shown all the same
+            unwritten, folder = error, None
     if arguments.json:
         json.dump(as_json(report), sys.stdout, ensure_ascii=False, indent=1, allow_nan=False)
         print()
     else:
         _print(report, folder)
+    if unwritten is not None:
+        raise unwritten
+    if code is not None:
+        return code
     return 0 if report.passed else 1
 
 
@@ -112,7 +131,13 @@ def _preset(arguments: argparse.Namespace, stack: AdapterStack) -> Preset:
     return chosen_preset(arguments, replace(stack, preset=stack.stopping_preset or stack.preset))
 
 
-def _examine(arguments: argparse.Namespace, stack: AdapterStack, preset: Preset) -> StoppingReport:
+def _examine(
+    arguments: argparse.Namespace,
+    stack: AdapterStack,
+    preset: Preset,
+    said: dict[str, tuple[Completion | Snapshot, ...]],
+) -> StoppingReport:
+    """The report; *said* is filled on the way, a mode as soon as it is through."""
     from harness.completion import Application
     from harness.stopping import examine_stopping
 
@@ -137,21 +162,40 @@ def _examine(arguments: argparse.Namespace, stack: AdapterStack, preset: Preset)
             **extra,
         }
         if arguments.snapshots:
-            said = _replayed(engine, Path(arguments.snapshots), preset, common["application"])
+            _replay(engine, Path(arguments.snapshots), preset, common["application"], said)
             return examine_stopping(said, engine=engine, **common)
-        return examine_stopping(engine, modes=stack.modes, **common)
+        return examine_stopping(engine, modes=stack.modes, said=said, **common)
 
 
-def _replayed(
-    engine: PeftEngine, folder: Path, preset: Preset, application: Application
-) -> dict[str, tuple[Completion, ...]]:
+def _so_far(
+    stack: AdapterStack, said: dict[str, tuple[Completion | Snapshot, ...]], *, application: str
+) -> StoppingReport:
+    """The report after an interrupt: of the modes that are through, without asking a model."""
+    from harness.completion import Application
+    from harness.stopping import examine_stopping
+    from harness.verdict import Outcome, Verdict
+
+    report = examine_stopping(said, stack=stack, application=Application(application))
+    told = f"interrupted: {len(said)} of {len(stack.modes)} modes were generated"
+    if len(said) == len(stack.modes):
+        told += "; their examination did not get to its end"
+    undecided = Verdict(name="stopping: run", outcome=Outcome.UNDECIDED, evidence=(told,))
+    return replace(report, verdicts=(undecided, *report.verdicts))
+
+
+def _replay(
+    engine: PeftEngine,
+    folder: Path,
+    preset: Preset,
+    application: Application,
+    said: dict[str, tuple[Completion | Snapshot, ...]],
+) -> None:
     """What each mode says to the preset's prompts, replayed from what was accepted in *folder* (or
     in a test module's part of it); generated only where the stack says something else by now."""
     from harness.errors import InputError
     from harness.replay import replay_completions
     from harness.snapshot import draft_tokens, snapshot_name
 
-    said: dict[str, tuple[Completion, ...]] = {}
     for mode in engine.stack.modes:
         names = [f"{snapshot_name(preset.name, p.id, mode.name)}.toml" for p in preset.prompts]
         paths = [
@@ -173,7 +217,6 @@ def _replayed(
         if fresh:
             errors().print(f"{mode.name}: {fresh} of {len(found)} had to be generated")
         said[mode.name] = tuple(one.completion for one in found)
-    return said
 
 
 def _write(report: StoppingReport, folder: Path) -> None:

@@ -22,7 +22,7 @@ from harness.options import stack_options as stack_options_of
 if TYPE_CHECKING:
     from harness.certificate import Certificate
     from harness.preset import Preset
-    from harness.stack import AdapterStack
+    from harness.stack import AdapterStack, Mode
     from harness.verdict import Outcome
 
 SUMMARY = "prove that the stack is applied as claimed: the certificate, mode by mode"
@@ -108,7 +108,7 @@ def _certify(
     from harness.certificate import certify_stack
     from harness.completion import Application
     from harness.engines import load_engine
-    from harness.engines.faults import device_fault, give_memory_back
+    from harness.engines.faults import attempt
     from harness.engines.loading import ActivationError
     from harness.verdict import Outcome
 
@@ -122,13 +122,17 @@ def _certify(
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
         ) as engine:
+            if engine.tokenizer.chat_template is not None:  # else their words are probed with
+                for prompt in preset.prompts:
+                    engine.token_ids(prompt)  # one that is refused is found before the first mode
             for mode in stack.modes:
                 if broken_by:
                     said = f"not run: the device has been broken since the mode {broken_by}"
                     certificates[mode.name] = _one_check(mode.name, Outcome.UNDECIDED, said)
                     continue
                 errors().print(f"certifying {mode.name} …")
-                try:
+
+                def certify(mode: Mode = mode) -> None:
                     with engine.mode(mode, application) as model:
                         certificates[mode.name] = certify_stack(
                             model,
@@ -139,18 +143,13 @@ def _certify(
                             generation=preset.settings,
                             end_to_end=mode.name == widest,
                         )
-                except Exception as error:
-                    fault = device_fault(error)
-                    if fault is None:
-                        raise
+
+                fault = attempt(certify)
+                if fault is not None:
                     certificates[mode.name] = _one_check(
                         mode.name, Outcome.FAILED, fault.said, fault.remedy
                     )
                     broken_by = mode.name if fault.sticky else ""
-                else:
-                    continue
-                if not broken_by:  # after the error is gone, which held what the mode held
-                    give_memory_back()
     except ActivationError as error:
         # The engine itself found the live model to be other than the files.
         certificates["loading"] = _one_check(

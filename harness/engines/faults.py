@@ -7,11 +7,12 @@ raised. Knows nothing of verdicts.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["DeviceFault", "device_fault", "give_memory_back"]
+__all__ = ["DeviceFault", "attempt", "device_fault"]
 
 _STICKY = ("cuda error", "cublas", "cudnn", "device-side assert", "hip error")
 
@@ -57,8 +58,26 @@ def device_fault(error: BaseException) -> DeviceFault | None:
     return None
 
 
-def give_memory_back() -> None:
-    """Free what a failed mode left behind."""
+def attempt(work: Callable[[], object]) -> DeviceFault | None:
+    """Do *work*, of one mode; None if it gets to its end, else what befell the machine.
+
+    What *work* held in memory is free afterwards, so that the next mode can have it; after a
+    sticky fault there is no next one. Any other error is raised.
+    """
+    try:
+        work()
+    except Exception as error:
+        fault = device_fault(error)
+        if fault is None:
+            raise
+    else:
+        return None
+    if not fault.sticky:  # here the error is gone, which held what the mode held
+        _give_memory_back()
+    return fault
+
+
+def _give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from harness.adapter_files import AdapterFiles
@@ -113,12 +113,13 @@ def _as_input_error(where: Path, remedy: str) -> Iterator[None]:
     except HarnessError:
         raise
     except Exception as error:  # what the libraries raise for a strange file is their affair
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(
-            f"cannot be loaded: {lines[0] if lines else type(error).__name__}",
-            where=where,
-            remedy=remedy,
-        ) from error
+        said = str(error) if not isinstance(error, KeyError) else f"{error} is not known"
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        if not lines:
+            lines = [type(error).__name__]
+        # Validation errors say in the first line of what, and in the second what.
+        told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise InputError(f"cannot be loaded: {told}", where=where, remedy=remedy) from error
 
 
 def load_base(
@@ -152,6 +153,10 @@ def load_tokenizer(stack: AdapterStack, *, trust_remote_code: bool) -> tuple[Any
     the template they used beside the adapter.
     """
     base = stack.base.path
+    copied = "copy the config that belongs to the weights"
+    with quiet_tools(), _as_input_error(base / "config.json", copied):
+        # The tokenizer's loader reads it, too: what is wrong there is no fault of the tokenizer's.
+        AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
     with quiet_tools(), _as_input_error(base, "copy the base's tokenizer files beside its weights"):
         tokenizer = AutoTokenizer.from_pretrained(
             base,

@@ -27,7 +27,7 @@ from harness.pending.files import (
 )
 from harness.pending.form import Record, case_form
 from harness.pending.values import Case
-from harness.snapshot_files import replace_pair, sidecar_of
+from harness.snapshot_files import file_sha256, replace_pair, sidecar_of
 from harness.verdict import Outcome
 
 __all__ = ["Decided", "accept", "reject", "snapshots_folder"]
@@ -204,8 +204,6 @@ def _check_place(root: Path, folder: Path, path: Path, case: Case) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return ""
+        return file_sha256(path)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=path) from error

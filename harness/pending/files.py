@@ -225,6 +225,8 @@ def _files(folder: str | Path, name: str) -> Iterator[tuple[os.DirEntry[str], st
 
 
 def _run(path: Path) -> Run:
+    if not path.is_file() and path.exists():
+        raise InputError("is not a regular file", where=path)
     raw = parse_json_object(path.read_bytes(), where=path)
     conditions = raw.get("conditions")
     if raw.get("form") != FORM or not isinstance(conditions, dict):

@@ -7,7 +7,6 @@ completions are come by (`harness.plugin.completions`), nor of the terminal.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -325,8 +324,10 @@ class Accepted:
 
 
 def _sha256(path: Path) -> str:
+    from harness.snapshot_files import file_sha256
+
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     except OSError:
         return ""
 

@@ -60,10 +60,10 @@ class Completions:
         return self._found[key]
 
     def _complete(self, mode: Mode, application: Application) -> None:
-        from harness.engines.faults import device_fault, give_memory_back
+        from harness.engines.faults import attempt
         from harness.replay import replay_completions
 
-        try:
+        def replay() -> None:
             self._found[mode, application] = replay_completions(
                 self._engine,
                 self._preset.prompts,
@@ -72,17 +72,14 @@ class Completions:
                 drafts=self._drafts(mode),
                 application=application,
             )
+
+        fault = attempt(replay)
+        if fault is None:
             return
-        except Exception as error:
-            fault = device_fault(error)
-            if fault is None:
-                raise
         lost = shown(f"{mode.name}: {fault.said}\n→ {fault.remedy}")
         self._lost[mode, application] = lost
         if fault.sticky:
             self._broken = f"the device has been broken since {lost}"
-        else:
-            give_memory_back()
         pytest.fail(lost, pytrace=False)
 
     def known(self, completion: Snapshot) -> Replayed | None:

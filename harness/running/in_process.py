@@ -27,7 +27,7 @@ def run_here(
         InputError: the stack cannot be loaded, or a prompt cannot be used.
     """
     from harness.engines import load_engine
-    from harness.engines.faults import device_fault, give_memory_back
+    from harness.engines.faults import attempt
     from harness.report.terminal import loaded_lines
 
     preset = request.preset
@@ -55,23 +55,18 @@ def run_here(
                 collected.not_run(mode, f"the device has been broken since the mode {broken_by}")
                 continue
             start = time.perf_counter()
-            try:
-                engine.generate(
-                    preset.prompts,
-                    request.stack.mode(mode),
-                    preset.settings,
-                    application=request.application,
-                    progress=progress,
-                    finished=functools.partial(collected.add, mode),
-                )
-            except Exception as error:
-                fault = device_fault(error)
-                if fault is None:
-                    raise
-                collected.failed(mode, fault.said, fault.remedy)
-                broken_by = mode if fault.sticky else ""
-            else:
+            generate = functools.partial(
+                engine.generate,
+                preset.prompts,
+                request.stack.mode(mode),
+                preset.settings,
+                application=request.application,
+                progress=progress,
+                finished=functools.partial(collected.add, mode),
+            )
+            fault = attempt(generate)
+            if fault is None:
                 collected.done(mode, time.perf_counter() - start)
                 continue
-            if not broken_by:  # after the error is gone, which held what the mode held
-                give_memory_back()
+            collected.failed(mode, fault.said, fault.remedy)
+            broken_by = mode if fault.sticky else ""

@@ -50,7 +50,7 @@ class Examination:
     application: Application
     stops: Mapping[str, Any] | None
     progress: Callable[[str, float], None] | None
-    said: dict[str, tuple[Said, ...]] = field(default_factory=dict)
+    said: dict[str, tuple[Said, ...]]
     modes: dict[str, Mode] = field(default_factory=dict)
     figures: dict[str, ModeFigures] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)

@@ -43,6 +43,7 @@ def examine_stopping(
     dataset: Path | str | None = None,
     labels: str = "assistant",
     progress: Callable[[str, float], None] | None = None,
+    said: dict[str, tuple[Said, ...]] | None = None,
 ) -> StoppingReport:
     """Say of each mode whether it stops, how sure that is, why not, and who is to blame.
 
@@ -56,13 +57,16 @@ def examine_stopping(
         sweep: also try other weights of the first and last adapter (needs an engine).
         merged: a merged copy, whose files are held against the stack's.
         dataset: training data to check (`check_training_data`); *labels* as there.
+        said: filled with what an engine generates, a mode as soon as it is through, for whoever
+            is interrupted: examined as *source*, it needs no engine.
 
     Raises:
         InputError: an engine without prompts, a mode that is unknown, files that cannot be read.
     """
     case = Examination(
-        engine=engine, stack=stack, application=application, stops=stops, progress=progress
-    )
+        engine=engine, stack=stack, application=application, stops=stops, progress=progress,
+        said={} if said is None else said,
+    )  # fmt: skip
     if hasattr(source, "generate"):
         case.engine, case.stack = source, source.stack
         if not prompts:
@@ -79,8 +83,8 @@ def examine_stopping(
     training = None if dataset is None else _training_data(case, Path(dataset), labels)
     if case.engine is source:
         _generate(case, prompts or (), settings or GenerationSettings(), modes)
-    for mode, said in case.said.items():
-        case.figure(mode, said)
+    for mode, found in case.said.items():
+        case.figure(mode, found)
     case.judge()
     if case.engine is not None:
         case.trace()
@@ -110,13 +114,9 @@ def _generate(
     chosen = [case.stack.mode(m) if isinstance(m, str) else m for m in modes or case.stack.modes]
     for mode in chosen:
         case.modes[mode.name] = mode
-        try:
-            case.said[mode.name] = case.engine.generate(
-                prompts, mode, settings, application=case.application, progress=case.progress
-            )
-        except KeyboardInterrupt as error:
-            error.add_note(f"{len(case.said)} of {len(chosen)} modes were generated")
-            raise
+        case.said[mode.name] = case.engine.generate(
+            prompts, mode, settings, application=case.application, progress=case.progress
+        )
         case.generated += len(prompts)
 
 

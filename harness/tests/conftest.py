@@ -3,6 +3,11 @@
 from importlib.util import find_spec
 
 import pytest
+from hypothesis import settings
+
+# A slow machine finds no other faults than a quick one.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 if find_spec("hypothesis") is not None:  # a borrowed machine may lack it: see the upper conftest
     from hypothesis import settings

@@ -138,6 +138,23 @@ def test_a_folder_that_cannot_be_written_leaves_the_verdict(project, stack_argum
     result.stdout.fnmatch_lines(["not left for review: *"])
 
 
+@pytest.mark.parametrize("suffix", [".toml", ".evidence"])
+def test_a_pipe_in_the_place_of_a_snapshot_is_a_verdict_and_no_wait(
+    project, stack_arguments, suffix
+):
+    import os
+
+    project.makepyfile(GENERATION)
+    chosen = ["-k", "base and prompt-1", *stack_arguments]
+    project.runpytest_inprocess("--snapshot-update", *chosen).assert_outcomes(passed=1)
+    (file,) = (project.path / "snapshots").rglob(f"*{suffix}")
+    file.unlink()
+    os.mkfifo(file)
+    result = project.runpytest_inprocess(*chosen)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*unreadable: *", "*is no regular file*"])
+
+
 def test_a_snapshot_that_cannot_be_written_is_a_line(project, stack_arguments):
     project.makepyfile(GENERATION)
     (project.path / "snapshots").write_text("in the way")

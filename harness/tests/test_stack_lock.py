@@ -67,6 +67,19 @@ def test_lock_names_every_file_and_every_parent(root):
     assert parent["base"] == lock["adapters"]["style"]["parent"]["base"]
 
 
+def test_code_and_every_kind_of_tokenizer_file_in_the_base_is_locked(root):
+    for name in ("modeling_mine.py", "vocab.txt", "spiece.model"):
+        (root / "base" / name).write_text("1")
+    write_lock(root / "stack.lock.json", make_lock(stack()))
+    assert lock_faults(root / "stack.lock.json", stack()) == []
+    for name in ("modeling_mine.py", "vocab.txt", "spiece.model"):
+        (root / "base" / name).write_text("2")
+    said = [str(fault) for fault in lock_faults(root / "stack.lock.json", stack())]
+    assert [line.split(": ")[0].rpartition("/")[2] for line in said] == [
+        "vocab.txt", "spiece.model", "modeling_mine.py",
+    ]  # fmt: skip
+
+
 def test_adapter_whose_parent_was_trained_again_is_named(root):
     write_lock(root / "stack.lock.json", make_lock(stack()))
     before = json.loads((root / "stack.lock.json").read_text())

@@ -96,6 +96,7 @@ def test_another_machine_is_incomparable(measured, base, tmp_path, capsys):
         (["--random-rank", "style=two"], "--random-rank"),
         (["--input-tokens", "600"], "do not fit the context of 512"),
         (["--against-command", "nowhere-to-be-found"], "cannot be started"),
+        (["--against-command", "'"], "cannot be read as a command: No closing quotation"),
         (["--against-command", "x", "--against", "y"], "--against-command"),
     ],
 )
@@ -149,7 +150,9 @@ def test_a_side_that_ends_is_an_input_error(base, capsys, monkeypatch):
     assert "the old side: gave no answer" in capsys.readouterr().err
 
 
-def test_an_interrupt_is_told_with_how_far_it_came(base, monkeypatch, capsys, tmp_path):
+def test_an_interrupt_leaves_what_was_measured_undecided(
+    base, monkeypatch, capsys, tmp_path, measured
+):
     from harness.bench import visiting
 
     given, rounds = visiting.visit_all, []
@@ -161,7 +164,118 @@ def test_an_interrupt_is_told_with_how_far_it_came(base, monkeypatch, capsys, tm
         return given(*rest, **named)
 
     monkeypatch.setattr(visiting, "visit_all", interrupted)
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "report.json").write_bytes((measured / "report.json").read_bytes())
+    words = [*base, "--against", str(older), "--output", str(tmp_path / "out")]
+    assert main([*words, "--rounds", "5"]) == 130
+    so_far = "8 of 20 rounds of cells were measured"
+    assert f"interrupted: {so_far}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"] == "undecided"
+    assert report["checks"][0]["evidence"] == [f"interrupted: {so_far}; compared with nothing"]
+    assert {row["rounds"] for row in report["figures"]} == {2}
+    assert so_far in (tmp_path / "out" / "report.md").read_text()
+
+    # Part of a session is nobody's reference.
+    assert main([*base, "--results", str(tmp_path / "out" / "report.json")]) == 2
+    assert f"of a session that was interrupted: {so_far}" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_shown_where_the_report_cannot_be_written(
+    base, monkeypatch, capsys, tmp_path, measured
+):
+    import harness.report.latency
+    from harness.errors import InputError
+
+    def write(report, folder):
+        raise InputError("cannot be written: No space left on device", where=folder)
+
+    monkeypatch.setattr(harness.report.latency, "write_latency", write)
+    words = [*base, "--results", str(measured / "report.json"), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "base, batch 1" in said.out
+    assert "report: " not in said.out
+    assert said.err.endswith("out: cannot be written: No space left on device\n")
+
+
+def test_ranks_of_random_adapters_are_not_ignored_beside_real_ones(capsys):
+    assert main(["bench", "--random-rank", "style=4"]) == 2
+    assert "--random-rank: builds adapters for a random base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_an_interrupt_before_a_round_is_over_writes_nothing(
+    base, monkeypatch, capsys, tmp_path, rounds
+):
+    from harness.bench import visiting
+
+    given, seen = visiting.visit_all, []
+
+    def interrupted(*rest, **named):
+        if len(seen) == rounds:  # the first warms up
+            raise KeyboardInterrupt
+        seen.append(rest)
+        return given(*rest, **named)
+
+    monkeypatch.setattr(visiting, "visit_all", interrupted)
     assert main([*base, "--rounds", "5", "--output", str(tmp_path / "out")]) == 130
     said = capsys.readouterr().err
-    assert said.endswith("error: interrupted; 8 of 20 rounds of cells were measured\n")
+    assert said.endswith("error: interrupted; 0 of 20 rounds of cells were measured\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_between_two_commands_ends_both_at_once_and_keeps_whole_launches(
+    base, monkeypatch, capsys, tmp_path, measured
+):
+    from harness.bench import pairing
+
+    # A side that answers as a worker does, and heeds neither the end of its input nor a signal.
+    side = tmp_path / "side.py"
+    side.write_text(
+        "import json, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(json.dumps({'ready': ['all'], 'visits': 1}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    if line.strip() == 'end':\n"
+        f"        print(json.dumps(json.load(open({str(measured / 'report.json')!r}))))\n"
+        "        sys.exit()\n"
+        "    print(json.dumps({'done': 'all'}), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = shlex.join([sys.executable, str(side)])
+    words = [*base, "--against-command", command, "--rounds", "4", "--launches", "4"]
+    words += ["--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["lora-stack", *words])
+    started, waited, real_worker, real_turn = [], [], pairing.Worker, pairing.in_turn
+    real_wait = pairing.subprocess.Popen.wait
+
+    def worker(_, name):
+        started.append(real_worker(shlex.split(command), name))
+        return started[-1]
+
+    def in_turn(workers, *rest, **named):
+        if len(started) < 6:
+            return real_turn(workers, *rest, **named)
+        for one in workers:
+            one.ready()
+        waited.clear()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pairing, "Worker", worker)
+    monkeypatch.setattr(pairing, "in_turn", in_turn)
+
+    def wait(self, timeout=None):
+        waited.append(timeout)
+        return real_wait(self, timeout)
+
+    monkeypatch.setattr(pairing.subprocess.Popen, "wait", wait)
+    assert main(words) == 130
+    assert len(started) == 6
+    assert all(one._process.returncode is not None for one in started)
+    assert waited == [2, None, 2, None], "asked to end, waited for a little, then killed"
+    assert "interrupted: 2 of 4 launches of each side were measured" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"] == "undecided"
+    assert report["lora_stack"]["interrupted"].startswith("2 of 4 launches")

@@ -80,6 +80,23 @@ def test_settings_that_act_only_in_other_programs_are_named(
     assert "suppress_tokens = [258] in generation_config.json" in out
 
 
+def test_a_prompt_that_the_template_refuses_is_bad_input(
+    stack_arguments, capsys, written_stack, tmp_path
+):
+    import shutil
+
+    from harness.cli import main
+
+    base = tmp_path / "base"
+    shutil.copytree(written_stack.base.path, base)
+    (base / "chat_template.jinja").write_text("{{ raise_exception('no such turn') }}")
+    stack_arguments[1:4] = [str(base), "--preset", "elegant_style"]
+    assert main(["verify", *stack_arguments]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: prompt ")
+    assert "the chat template refuses it: no such turn → " in said
+
+
 def test_help_imports_no_torch():
     import subprocess
 

@@ -331,3 +331,27 @@ def test_model_code_is_not_run_unasked(tiny, tmp_path):
     with pytest.raises(InputError, match="--trust-remote-code"):
         load_engine(resolve_stack(base_model=base), device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("rms_norm_eps", "1e-6", "rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float"),
+        ("dtype", "float8", "module 'torch' has no attribute 'float8'"),
+    ],
+)
+def test_a_fault_in_the_config_is_not_put_on_the_tokenizer(tmp_path, field, value, said):
+    import json
+
+    from harness.engines import load_engine
+    from harness.resolve import resolve_stack
+    from harness.testing.tiny import tiny_stack
+
+    stack = tiny_stack(tmp_path)
+    path = stack.base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(InputError) as caught:
+        load_engine(resolve_stack(adapters=stack.adapters), device="cpu")
+    assert caught.value.where == str(path)
+    assert said in caught.value.fault
+    assert caught.value.remedy == "copy the config that belongs to the weights"

@@ -1,11 +1,14 @@
-"""A headless Chromium that opens a page from its file and answers what a script there found."""
+"""A headless Chromium that opens a page from its file: answers what a script there found, or makes
+a picture of it."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,16 @@ import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _RESULT = re.compile(r'<pre id="driven">(.*?)</pre>', re.S)
+_OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--no-first-run",
+)  # fmt: skip
+
+#: The system's colour scheme, by what CSS calls it.
+SCHEMES = {
+    scheme: f"--blink-settings=preferredColorScheme={number}"
+    for number, scheme in enumerate(("dark", "light"))
+}
 
 
 def chromium() -> str:
@@ -43,8 +56,7 @@ def driven(page: Path, script: str, *options: str) -> dict[str, Any]:
     )
     dom = subprocess.run(
         [
-            chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--disable-background-networking", "--disable-component-update", "--no-first-run",
+            chromium(), *_OPTIONS,
             f"--user-data-dir={page.parent / 'profile'}", "--window-size=1280,900",
             "--virtual-time-budget=5000", *options, "--dump-dom", copy.as_uri(),
         ],
@@ -55,6 +67,55 @@ def driven(page: Path, script: str, *options: str) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(bytes.fromhex(found[1]).decode())
     assert "error" not in answer, answer["error"]
     return answer
+
+
+def photographed(page: Path, picture: Path, *, size: tuple[int, int], scheme: str) -> bytes:
+    """The page in a window of *size* under the colour *scheme*, left as a PNG at *picture* to be
+    looked at; gives the grey of every pixel, a byte each, row by row."""
+    subprocess.run(
+        [
+            chromium(), *_OPTIONS, SCHEMES[scheme], f"--user-data-dir={page.parent / 'profile'}",
+            f"--window-size={size[0]},{size[1]}", "--force-device-scale-factor=1",
+            f"--screenshot={picture}", page.as_uri(),
+        ],
+        capture_output=True, timeout=300, check=True,
+    )  # fmt: skip
+    return _greys(picture.read_bytes(), size)
+
+
+def _greys(png: bytes, size: tuple[int, int]) -> bytes:
+    """Chromium's PNG (8 bits a channel, not interlaced), decoded (https://www.w3.org/TR/png/)."""
+    place, data, header = 8, b"", b""
+    while place < len(png):
+        length, kind = struct.unpack(">I4s", png[place : place + 8])
+        body = png[place + 8 : place + 8 + length]
+        header = body if kind == b"IHDR" else header
+        data += body if kind == b"IDAT" else b""
+        place += length + 12
+    width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", header)
+    assert ((width, height), depth, interlaced) == (size, 8, 0)
+    channels = {2: 3, 6: 4}[colour]
+    raw, row_bytes = zlib.decompress(data), width * channels
+    before, greys = bytearray(row_bytes), bytearray()
+    for start in range(0, len(raw), row_bytes + 1):
+        row = bytearray(raw[start + 1 : start + 1 + row_bytes])
+        _unfilter(raw[start], row, before, channels)
+        greys += bytes(sum(row[n : n + 3]) // 3 for n in range(0, row_bytes, channels))
+        before = row
+    return bytes(greys)
+
+
+def _unfilter(kind: int, row: bytearray, above: bytearray, step: int) -> None:
+    """Undo a row's filter in place."""
+    for n in range(len(row) if kind else 0):
+        left, up = row[n - step] if n >= step else 0, above[n]
+        corner = above[n - step] if n >= step else 0
+        if kind == 4:
+            guess = left + up - corner
+            near = min((abs(guess - v), rank, v) for rank, v in enumerate((left, up, corner)))[2]
+            row[n] = (row[n] + near) & 255
+        else:
+            row[n] = (row[n] + (left, up, (left + up) // 2)[kind - 1]) & 255
 
 
 _PRELUDE = """

@@ -184,6 +184,10 @@ def test_what_is_no_file_is_named(tmp_path: Path):
     records = read_records(tmp_path)
     assert [item.path.name for item in records.broken] == [".run.json", "pipe.json"]
     assert len(records.cases) == 1
+    (tmp_path / FOLDER / ".run.json").unlink()
+    os.mkfifo(tmp_path / FOLDER / ".run.json")  # a pipe would wait for ever
+    records = read_records(tmp_path)
+    assert [item.fault for item in records.broken] == ["is not a regular file"] * 2
 
 
 # ---- accepting

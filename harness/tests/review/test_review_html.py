@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from harness.cli import main
 from harness.pending import read_records
 from harness.report.review_html import as_html
-from harness.tests.review.browser import driven
+from harness.tests.review.browser import SCHEMES, driven, photographed
 from harness.tests.review.factory import HOSTILE, a_grid, case, positions, recorded
 from harness.verdict import Outcome
 
@@ -253,6 +253,65 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int):
     assert found["out"] == 0
     assert found["tables"] > 0
     assert found["faults"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+def test_a_picture_of_it_is_light_or_dark_as_the_system_is(
+    tmp_path: Path, scheme: str, size: tuple[int, int]
+):
+    path = page(a_grid(tmp_path))
+    greys = photographed(path, tmp_path / f"{scheme}-{size[0]}.png", size=size, scheme=scheme)
+    ground = max(set(greys), key=greys.count)
+    assert ground > 240 if scheme == "light" else ground < 40
+    drawn = sum(abs(grey - ground) > 100 for grey in greys) / len(greys)
+    assert 0.005 < drawn < 0.3, "words on a quiet ground"
+    right = [row[-1] for row in zip(*[iter(greys)] * size[0], strict=True)]
+    assert right.count(ground) > 0.8 * size[1], "nothing runs out of the window"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_word_stands_out_from_its_ground(tmp_path: Path, scheme: str):
+    found = driven(
+        page(a_grid(tmp_path)),
+        """
+        await key("j"); await key("t");
+        // A colour as the browser paints it, whatever words CSS has for it.
+        const brush = document.createElement("canvas").getContext("2d");
+        const painted = colour => {
+          brush.clearRect(0, 0, 1, 1); brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1);
+          return [...brush.getImageData(0, 0, 1, 1).data];
+        };
+        const over = ([r, g, b, a], [R, G, B]) =>
+          [r, g, b].map((v, n) => v * a / 255 + [R, G, B][n] * (1 - a / 255));
+        const ground = element => {
+          if (!element) return painted("Canvas");
+          const own = painted(getComputedStyle(element).backgroundColor);
+          return own[3] === 255 ? own : over(own, ground(element.parentElement));
+        };
+        const light = colour => { const [r, g, b] = colour.slice(0, 3).map(v => v / 255)
+          .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        const worded = $$("body *").filter(element => element.checkVisibility()
+          && [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()));
+        const faint = worded.map(element => {
+          const under = ground(element);
+          const ink = over(painted(getComputedStyle(element).color), under);
+          const [low, high] = [light(under), light(ink)].sort((a, b) => a - b);
+          return [(high + 0.05) / (low + 0.05), element.className + " " + element.textContent];
+        }).sort((a, b) => a[0] - b[0]);
+        return { dark: matchMedia("(prefers-color-scheme: dark)").matches, count: faint.length,
+                 least: faint[0], faults };
+        """,
+        SCHEMES[scheme],
+    )
+    assert found["dark"] == (scheme == "dark")
+    assert found["faults"] == []
+    assert found["count"] > 50
+    # https://www.w3.org/TR/WCAG22/#contrast-minimum
+    assert found["least"][0] >= 4.5, found["least"]
 
 
 @pytest.mark.slow

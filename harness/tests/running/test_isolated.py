@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
     """`run(script)` runs the embedded stack in scripted children; gives what came, and how many
     children it took."""
 
-    def run(script, *, timeout=30.0, collected=None, **values):
+    def run(script, *, timeout=300.0, collected=None, **values):
         monkeypatch.setenv("LORA_SCRIPT", script)
         monkeypatch.setenv("LORA_CHILDREN", str(tmp_path / "children"))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

@@ -21,6 +21,21 @@ def run(capsys, monkeypatch, tmp_path):
     return call
 
 
+def test_what_was_found_is_shown_where_the_report_cannot_be_written(run, monkeypatch, stack_copy):
+    import harness.report.stopping
+    from harness.errors import InputError
+
+    def write(report, folder, **_):
+        raise InputError("cannot be written: No space left on device", where=folder)
+
+    monkeypatch.setattr(harness.report.stopping, "write_stopping", write)
+    code, out, err = run("--files-only", "--base-model", stack_copy.base, "--output", "out")
+    assert code == 2
+    assert "verdict: held" in out
+    assert "report:" not in out
+    assert err.endswith("error: out: cannot be written: No space left on device\n")
+
+
 @pytest.mark.slow
 def test_held_out_prompts_prove_the_embedded_declaration(run):
     code, out, err = run("--json")

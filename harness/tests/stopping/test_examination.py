@@ -248,23 +248,60 @@ def test_engine_without_prompts_is_refused(embedded_engine):
         stopping.examine_stopping([GenerationSettings()])
 
 
-def test_an_interrupt_is_told_with_how_far_it_came(embedded_engine, monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def interrupted(embedded_engine, monkeypatch, capsys, tmp_path):
+    """`interrupted(n)`: the command's output, and its report's folder, where Ctrl-C came when *n*
+    modes were generated; `interrupted(4)`: in the examination after them."""
     import harness.engines
     from harness.cli import main
 
     given, generated = embedded_engine.generate, []
 
-    def interrupted(prompts, mode, *rest, **named):
-        if len(generated) == 2:
+    def generate(prompts, mode, *rest, **named):
+        if len(generated) == at:
             raise KeyboardInterrupt
         generated.append(mode)
         return given(prompts[:1], mode, *rest, **named)
 
-    monkeypatch.setattr(embedded_engine, "generate", interrupted)
+    def scored(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded_engine, "generate", generate)
+    monkeypatch.setattr("harness.stopping.evidence.eos_traces", scored)
     monkeypatch.setattr(
         harness.engines, "load_engine", lambda *_, **__: nullcontext(embedded_engine)
     )
-    assert main(["stopping", "--output", str(tmp_path / "out")]) == 130
-    said = capsys.readouterr().err
-    assert said.endswith("error: interrupted; 2 of 4 modes were generated\n")
-    assert not (tmp_path / "out").exists()
+    at = 0
+
+    def run(modes):
+        nonlocal at
+        at = modes
+        code = main(["stopping", "--preset", "elegant_style", "--output", str(tmp_path / "out")])
+        assert code == 130
+        return capsys.readouterr(), tmp_path / "out"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("modes", "told"),
+    [
+        (2, "interrupted: 2 of 4 modes were generated"),
+        (4, "interrupted: 4 of 4 modes were generated; their examination did not get to its end"),
+    ],
+)
+def test_an_interrupt_leaves_the_modes_that_are_through_undecided(interrupted, modes, told):
+    said, folder = interrupted(modes)
+    assert told in said.out
+    report = json.loads((folder / "stopping.json").read_text())
+    assert report["verdict"] == "undecided"
+    assert report["checks"][0]["verdict"] == "undecided"
+    assert report["checks"][0]["evidence"] == [told]
+    assert list(report["modes"]) == ["base", "style", "instruct", "stacked"][:modes]
+    assert told in (folder / "report.md").read_text()
+
+
+def test_an_interrupt_before_a_mode_is_through_writes_nothing(interrupted):
+    said, folder = interrupted(0)
+    assert said.err.endswith("error: interrupted; 0 of 4 modes were generated\n")
+    assert not folder.exists()
