@@ -97,6 +97,7 @@ def test_another_machine_is_incomparable(measured, base, tmp_path, capsys):
         (["--input-tokens", "600"], "do not fit the context of 512"),
         (["--against-command", "nowhere-to-be-found"], "cannot be started"),
         (["--against-command", "x", "--against", "y"], "--against-command"),
+        (["--against-command", "x", "--decoding", "static,compiled"], "--decoding compiled"),
     ],
 )
 def test_bad_input_is_told_and_exits_with_2(words, message, base, capsys, monkeypatch, tmp_path):
@@ -155,7 +156,7 @@ def test_an_interrupt_is_told_with_how_far_it_came(base, monkeypatch, capsys, tm
     given, rounds = visiting.visit_all, []
 
     def interrupted(*rest, **named):
-        if len(rounds) == 3:  # one to warm up, two that count
+        if len(rounds) == 2:
             raise KeyboardInterrupt
         rounds.append(rest)
         return given(*rest, **named)
