@@ -50,7 +50,8 @@ def _environment(folder: Path) -> Environment:
 def cell(value: Any, digits: int = 4) -> str:
     """A value as text: *digits* significant digits, thousands grouped, a dash for nothing.
 
-    Control and bidirectional characters are made visible.
+    A number with more digits before its point keeps them all, below a thousand million. Control
+    and bidirectional characters are made visible.
     """
     if value is None:
         return "–"
@@ -60,6 +61,8 @@ def cell(value: Any, digits: int = 4) -> str:
         return f"{value:,}"
     if not math.isfinite(value):
         return "–"
+    if 10**digits <= round(abs(value)) < 1e9:
+        return f"{value:,.0f}"
     return "0" if value == 0 else f"{value:.{digits}g}"
 
 

@@ -190,7 +190,8 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
 
 _COLUMNS = {
     "cell": "cell",
-    "ttft_ms": "TTFT ms", "itl_p50_ms": "ITL p50 ms", "itl_p90_ms": "p90", "itl_p99_ms": "p99",
+    "ttft_ms": "TTFT ms",
+    "itl_p50_ms": "ITL p50 ms", "itl_p90_ms": "p90 ms", "itl_p99_ms": "p99 ms",
     "e2e_ms": "end to end ms", "output_tokens_per_s": "tokens/s",
     "prefill_tokens_per_s": "prefill tokens/s", "decode_share": "decode, % of ceiling",
     "prefill_share": "prefill, % of ceiling", "switch_ms": "switch ms", "peak_gib": "peak GiB",
