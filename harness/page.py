@@ -61,9 +61,9 @@ def cell(value: Any, digits: int = 4) -> str:
         return f"{value:,}"
     if not math.isfinite(value):
         return "–"
-    if 10**digits <= round(abs(value)) < 1e9:
-        return f"{value:,.0f}"
-    return "0" if value == 0 else f"{value:.{digits}g}"
+    text = "0" if value == 0 else f"{value:.{digits}g}"
+    whole = 1 <= abs(value) < 1e9 and ("e" in text or "." not in text)
+    return f"{value:,.0f}" if whole else text
 
 
 def image_uri(svg: str) -> str:

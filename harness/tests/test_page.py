@@ -15,12 +15,17 @@ from harness.tests.review.browser import driven
     ("value", "text"),
     [
         (1247.6, "1,248"), (12_345.6, "12,346"), (999.96, "1,000"), (999.4, "999"),
+        (123.4, "123"),
         (0.00012345, "0.000123"), (3.14159, "3.14"), (0.0, "0"), (-54_321.0, "-54,321"),
         (1.5e12, "1.5e+12"), (1_000, "1,000"), (float("nan"), "–"), (None, "–"),
     ],
 )  # fmt: skip
 def test_a_number_is_shown_without_an_exponent_where_a_person_would_write_none(value, text):
     assert cell(value, 3) == text
+
+
+def test_thousands_are_grouped_alike_in_a_column():
+    assert [cell(value) for value in (999.94, 6467.3, 11_821.0)] == ["999.9", "6,467", "11,821"]
 
 
 _OVERFLOWING = """
