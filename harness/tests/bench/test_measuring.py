@@ -350,6 +350,40 @@ def test_a_step_that_does_not_compile_loses_no_round_of_the_others(small, monkey
     assert "does not compile" in skipped[compiled.key]
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_one_graph_a_cell_adapters_and_all(small, monkeypatch):
+    """On a CPU, traced and not turned into kernels: those need CUDA. No step leaves the graph, and
+    no round compiles anew."""
+    import dataclasses
+
+    import torch
+    from transformers import CompileConfig, GenerationConfig
+
+    from harness.bench import visiting
+    from harness.engines import timed
+
+    everywhere = CompileConfig(backend="aot_eager", mode=None)
+    everywhere._compile_all_devices = True  # as transformers' own tests do
+
+    def configured(**settings):
+        config = GenerationConfig(**settings)
+        if not config.disable_compile:
+            config.compile_config = everywhere
+        return config
+
+    monkeypatch.setattr(timed, "GenerationConfig", configured)
+    measurer, cells = small
+    monkeypatch.setattr(measurer, "check", lambda cell: None)  # as on CUDA
+    compiled = [dataclasses.replace(c, decoding="compiled", output_tokens=5) for c in cells]
+    torch._dynamo.utils.counters.clear()
+    made, skipped = visiting.interleaved(measurer, compiled, 2)
+    counted = torch._dynamo.utils.counters
+    assert skipped == {}
+    assert {cell.key for cell in made} == {cell.key for cell in compiled}
+    assert counted["stats"]["unique_graphs"] == len(compiled)
+    assert not counted["graph_break"]
+
+
 def test_under_pytest_a_cell_that_does_not_fit_is_skipped_and_counted(small, monkeypatch):
     from harness.bench import measuring
     from harness.plugin.latency import LatencySession
