@@ -127,7 +127,11 @@ def noise_floor(
     import torch
 
     dtype = coarser(engine.dtype, recorded_dtype)
-    hardware = torch.cuda.get_device_name() if engine.device.startswith("cuda") else engine.device
+    hardware = (
+        torch.cuda.get_device_name(engine.device)
+        if engine.device.startswith("cuda")
+        else engine.device
+    )
     key = combined_digest(
         {
             "method": str(_METHOD),

@@ -6,10 +6,18 @@ Knows nothing of how a finding is shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from harness.analysis.comparison import AdapterPair, ComparisonFigures
-from harness.analysis.findings import Finding, Level, adapter_findings, layer_ranges
+from harness.analysis.findings import (
+    Finding,
+    Level,
+    adapter_findings,
+    counted,
+    layer_ranges,
+    listed,
+)
 from harness.analysis.merge_preview import StrategyFigures
 from harness.analysis.modules import grouped
 from harness.analysis.overlap import PairFigures
@@ -29,7 +37,7 @@ def comparison_findings(comparison: ComparisonFigures) -> list[Finding]:
     found: list[Finding] = []
     for pair in comparison.pairs:
         found += _sharing(pair)
-        if pair.total is not None:
+        if pair.total is not None and pair.total.norm_first and pair.total.norm_second:
             found += [*_cosines(pair), *_overlaps(pair), *_balance(pair), *_signs(pair)]
     found += _strategies(comparison.strategies)
     for adapter in comparison.adapters:
@@ -48,6 +56,22 @@ def _sharing(pair: AdapterPair) -> list[Finding]:
                 "overlap.",
             )
         )
+    elif idle := [
+        name
+        for name, norm in (
+            (pair.first, pair.total.norm_first),
+            (pair.second, pair.total.norm_second),
+        )
+        if not norm
+    ]:
+        found.append(
+            Finding(
+                level=Level.NOTE,
+                text=f"{listed(idle)} {'change' if len(idle) > 1 else 'changes'} nothing in what "
+                f"{pair.first} and {pair.second} both adapt "
+                f"({counted(pair.total.modules, 'module')}): they cannot overlap.",
+            )
+        )
     for name, other, modules in (
         (pair.first, pair.second, pair.only_first),
         (pair.second, pair.first, pair.only_second),
@@ -56,7 +80,8 @@ def _sharing(pair: AdapterPair) -> list[Finding]:
             found.append(
                 Finding(
                     level=Level.NOTE,
-                    text=f"{name} alone adapts {len(modules)} modules that {other} leaves out, "
+                    text=f"{name} alone adapts {counted(len(modules), 'module')} that {other} "
+                    "leaves out, "
                     f"such as {modules[0]}.",
                     modules=modules,
                 )
@@ -64,10 +89,30 @@ def _sharing(pair: AdapterPair) -> list[Finding]:
     return found
 
 
-def _by_kind(modules: Iterable[PairFigures]) -> list[tuple[str, list[PairFigures]]]:
-    """The module types with the most of *modules* first, no more than are worth a line."""
+def _by_kind(
+    modules: Iterable[PairFigures], text: Callable[[str, list[PairFigures]], str]
+) -> list[Finding]:
+    """A finding a module type, those with the most of *modules* first; types that are not worth a
+    line of their own are named in the last."""
     kinds = grouped(modules, lambda module: module.kind)
-    return sorted(kinds.items(), key=lambda item: -len(item[1]))[:_SHOWN]
+    ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    shown, rest = ordered[:_SHOWN], ordered[_SHOWN:]
+    found = [
+        Finding(level=Level.ATTENTION, text=text(kind, members), modules=_names(members))
+        for kind, members in shown
+    ]
+    if rest:
+        last = found[-1]
+        found[-1] = replace(
+            last,
+            text=f"{last.text} So also in {listed([kind for kind, _ in rest])}.",
+            modules=last.modules + tuple(name for _, m in rest for name in _names(m)),
+        )
+    return found
+
+
+def _names(modules: Iterable[PairFigures]) -> tuple[str, ...]:
+    return tuple(module.module for module in modules)
 
 
 def _cosines(pair: AdapterPair) -> list[Finding]:
@@ -78,25 +123,23 @@ def _cosines(pair: AdapterPair) -> list[Finding]:
         for m in pair.modules
         if abs(m.cosine) > max(_COSINE_LEAST, _COSINE_TIMES * m.cosine_by_chance)
     ]
-    found = []
-    for kind, members in _by_kind(aligned):
+
+    def text(kind: str, members: list[PairFigures]) -> str:
         top = max(members, key=lambda m: abs(m.cosine))
         direction = "adds to" if top.cosine > 0 else "works against"
-        found.append(
-            Finding(
-                level=Level.ATTENTION,
-                text=f"{pair.second} {direction} {pair.first} in {kind}, "
-                f"{layer_ranges(m.layer for m in members)}: cosine up to {top.cosine:+.2f} "
-                f"against ±{top.cosine_by_chance:.2g} by chance.",
-                modules=tuple(m.module for m in members),
-            )
+        return (
+            f"{pair.second} {direction} {pair.first} in {kind}, "
+            f"{layer_ranges(m.layer for m in members)}: cosine up to {top.cosine:+.2f} "
+            f"against ±{top.cosine_by_chance:.2g} by chance."
         )
+
+    found = _by_kind(aligned, text)
     if not aligned:
         found.append(
             Finding(
                 level=Level.NOTE,
                 text=f"{pair.first} and {pair.second} point in independent directions: cosine "
-                f"{total.cosine:+.3g} over {total.modules} shared modules, against "
+                f"{total.cosine:+.3g} over {counted(total.modules, 'shared module')}, against "
                 f"±{total.cosine_by_chance:.2g} by chance.",
             )
         )
@@ -104,7 +147,7 @@ def _cosines(pair: AdapterPair) -> list[Finding]:
 
 
 def _overlaps(pair: AdapterPair) -> list[Finding]:
-    found = []
+    found: list[Finding] = []
     sides: tuple[tuple[str, _Figure, _Figure], ...] = (
         (
             "writes to the same outputs as",
@@ -119,17 +162,22 @@ def _overlaps(pair: AdapterPair) -> list[Finding]:
             for m in pair.modules
             if overlap(m) > max(_OVERLAP_LEAST, _OVERLAP_TIMES * chance(m)) and chance(m) < 1
         ]
-        for kind, members in _by_kind(high):
+
+        def text(
+            kind: str,
+            members: list[PairFigures],
+            words: str = words,
+            overlap: _Figure = overlap,
+            chance: _Figure = chance,
+        ) -> str:
             top = max(members, key=overlap)
-            found.append(
-                Finding(
-                    level=Level.ATTENTION,
-                    text=f"{pair.second} {words} {pair.first} in {kind}, "
-                    f"{layer_ranges(m.layer for m in members)}: subspace overlap up to "
-                    f"{overlap(top):.2f} against {chance(top):.2g} by chance.",
-                    modules=tuple(m.module for m in members),
-                )
+            return (
+                f"{pair.second} {words} {pair.first} in {kind}, "
+                f"{layer_ranges(m.layer for m in members)}: subspace overlap up to "
+                f"{overlap(top):.2f} against {chance(top):.2g} by chance."
             )
+
+        found += _by_kind(high, text)
     return found
 
 

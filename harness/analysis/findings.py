@@ -14,7 +14,15 @@ from enum import StrEnum
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.modules import ModuleFigures, grouped
 
-__all__ = ["Finding", "Level", "adapter_findings", "layer_ranges", "places"]
+__all__ = [
+    "Finding",
+    "Level",
+    "adapter_findings",
+    "counted",
+    "layer_ranges",
+    "listed",
+    "places",
+]
 
 #: Iglewicz and Hoaglin's (1993) bound for a modified z-score.
 OUTLIER_SCORE = 3.5
@@ -36,6 +44,17 @@ class Finding:
     level: Level
     text: str
     modules: tuple[str, ...] = ()
+
+
+def counted(number: int, what: str) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def layer_ranges(layers: Iterable[int | None]) -> str:
@@ -167,7 +186,7 @@ def _sizes(figures: AdapterFigures) -> list[Finding]:
         name = top.name if top.name.startswith("outside") else label.format(top.name)
         parts.append(f"{share:.0%} of its energy lies in {name}")
     text = (
-        f"{figures.name}: ‖ΔW‖ = {total.norm_delta:.4g} over {total.modules} modules, "
+        f"{figures.name}: ‖ΔW‖ = {total.norm_delta:.4g} over {counted(total.modules, 'module')}, "
         f"{total.parameters:,} parameters"
     )
     return [Finding(level=Level.NOTE, text="; ".join([text, *parts]) + ".")]

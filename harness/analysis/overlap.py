@@ -66,7 +66,8 @@ class PairFigures:
         column_overlap, row_overlap: `‖U₁ᵀU₂‖_F²/min(k₁, k₂)`, 0 to 1.
         sign_conflict: share of entries with opposite signs, sampled with *sign_conflict_error*;
             None where one delta is zero.
-        interference: singular task interference over `Σσ`, 0 (none) to 1 (the same directions).
+        interference: singular task interference over `Σσ`: 0 for orthogonal directions, 1 for the
+            same ones; a sum of absolute entries, so more where ranks are a large part of the sizes.
         nuclear: `Σσ` of both, the weight of `interference` in sums over modules.
     """
 

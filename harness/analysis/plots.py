@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.figures import AdapterFigures
+from harness.analysis.findings import listed
 from harness.analysis.modules import ModuleFigures
 from harness.analysis.overlap import PairFigures
 from harness.display.drawing import (
@@ -61,7 +62,7 @@ def draw_analysis(figures: AdapterFigures) -> tuple[Plot, ...]:
 
 def draw_comparison(figures: ComparisonFigures) -> tuple[Plot, ...]:
     """All plots of a comparison; the maps of at most six pairs."""
-    joined = " and ".join(figures.names)
+    joined = listed(figures.names)
     plots = [
         drawn("adapters", f"{joined}: size", "‖ΔW‖ by module type, and by layer.",
               lambda f: _adapters(f, figures), (11, 4.2)),
@@ -110,6 +111,14 @@ def _sampled(figures: AdapterFigures) -> str:
         f" ΔW is sampled ({delta.total:,} entries; the standard error of a module's distribution "
         f"function is at most {delta.standard_error:.1g})."
     )
+
+
+def _whole_numbers(axes: Any, places: Sequence[int]) -> None:
+    """Whole numbers alone along *axes*, which hold *places*: a single one has no neighbours."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(set(places)) == 1:
+        axes.set_xlim(places[0] - 1, places[0] + 1)
+        axes.set_xticks(places[:1])
 
 
 _PARTS = (("a", "A"), ("b", "B"), ("delta", "ΔW"))
@@ -170,8 +179,9 @@ def _layers(figure: Figure, figures: AdapterFigures) -> None:
     left.set(xlabel="layer", ylabel="‖ΔW‖", title="size")
     right.set(xlabel="layer", ylabel="rank", title="rank")
     left.set_ylim(bottom=0)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole_numbers(axes, layers)
 
 
 def _map_size(
@@ -259,7 +269,7 @@ def _spectra(figure: Figure, figures: AdapterFigures) -> None:
                           color=colour, alpha=0.07, linewidth=0)  # fmt: skip
     axes.set(yscale="log", xlabel="direction", ylabel="σ / σ₁")
     axes.set_ylim(bottom=max(lowest * 0.5, 1e-6), top=1.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers(axes, range(1, max((m.rank for m in figures.modules), default=1) + 1))
     if axes.lines:
         figure.legend(loc="outside right center", fontsize=9)
 
@@ -281,7 +291,8 @@ def _adapters(figure: Figure, figures: ComparisonFigures) -> None:
     left.set(ylabel="‖ΔW‖", title="by module type")
     right.set(xlabel="layer", ylabel="‖ΔW‖", title="by layer")
     right.set_ylim(bottom=0)
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers(right, [int(g.name) for a in figures.adapters for g in a.layers
+                           if g.name.isdigit()])  # fmt: skip
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
@@ -322,7 +333,7 @@ def _compared_spectra(figure: Figure, figures: ComparisonFigures) -> None:
     if right.lines:
         right.legend(loc="lower right")
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole_numbers(axes, range(1, max(table.shape[1] for table in tables) + 1))
 
 
 def _overlap_matrix(figure: Figure, figures: ComparisonFigures) -> None:
@@ -353,7 +364,10 @@ def _overlap_matrix(figure: Figure, figures: ComparisonFigures) -> None:
             if np.isfinite(value):
                 r, g, b, _ = colours(norm(value))
                 dark = 0.299 * r + 0.587 * g + 0.114 * b < 0.5
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center",
+                # Two digits, or one with an exponent: what a cell of several has room for.
+                text = f"{value:.2g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}"
+                axes.text(column, row, text, ha="center", va="center",
+                          fontsize=max(5, min(10, 42 // len(names))),
                           color="white" if dark else "black")  # fmt: skip
 
 
@@ -390,15 +404,16 @@ def _interference(figure: Figure, pair: AdapterPair) -> None:
         (axes_interference, "interference", "interference"),
     )
     for number, (axes, field, label) in enumerate(lines):
-        look: dict[str, Any] = {"color": COLOURS[number], "marker": "os^"[number],
-                                "markersize": 4}  # fmt: skip
+        # Black and grey: the first colours are the adapters'.
+        colour = GREY if label == "inputs" else "black"
+        look: dict[str, Any] = {"color": colour, "marker": "os^"[number], "markersize": 4}
         axes.plot(places, [getattr(g, field) for g in groups], label=label, **look)
         axes.plot(places, [getattr(g, f"{field}_by_chance") for g in groups],
-                  color=COLOURS[number], linestyle=":", label=f"{label}, by chance")  # fmt: skip
+                  color=colour, linestyle=":", label=f"{label}, by chance")  # fmt: skip
     axes_overlap.set(title="subspace overlap", ylabel="‖U₁ᵀU₂‖²/min k")
     axes_interference.set(title="singular task interference", ylabel="over Σσ")
     for axes in (axes_overlap, axes_interference):
         axes.set_xlabel("layer")
         axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.3)  # room for the legend
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole_numbers(axes, places)
         axes.legend(ncols=2, loc="upper center")

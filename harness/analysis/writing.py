@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.comparison_findings import comparison_findings
 from harness.analysis.figures import AdapterFigures
-from harness.analysis.findings import Finding, adapter_findings
+from harness.analysis.findings import Finding, adapter_findings, listed
 from harness.analysis.sections import Section
 from harness.display.page import cell, image_uri, render
 from harness.display.plain_values import plain
@@ -138,7 +138,7 @@ def _view(
     comparison = isinstance(figures, ComparisonFigures)
     names = [adapter["name"] for adapter in payload["adapters"]]
     return {
-        "title": title or (" and ".join(names) if comparison else names[0]),
+        "title": title or listed(names),
         "subtitle": "LoRA adapters compared" if comparison else "What is in a LoRA adapter",
         "adapters": payload["adapters"],
         "findings": payload["findings"],
@@ -171,8 +171,8 @@ _GROUP_COLUMNS = {
 _MODULE_COLUMNS = {
     "module": "module", "rank": "r", "scale": "s", "norm_a": "‖A‖", "norm_b": "‖B‖",
     "norm_delta": "‖ΔW‖", "rms": "rms ΔW", "spectral_norm": "σ₁", "stable_rank": "stable rank",
-    "effective_rank": "effective rank", "rank_99": "rank for 99 %", "dead_ranks": "dead ranks",
-    "relative_norm": "‖ΔW‖/‖W‖",
+    "effective_rank": "effective rank", "rank_99": "rank for 99\u00a0%", "dead_ranks": "dead ranks",
+    "relative_norm": "‖ΔW‖/‖W‖", "intruders": "intruders",
 }  # fmt: skip
 _PAIR_COLUMNS = {
     "norm_ratio": "norm ratio", "cosine": "cosine", "cosine_by_chance": "by chance ±",

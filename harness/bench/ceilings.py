@@ -7,6 +7,7 @@ neither this card's clocks nor its neighbours. Knows nothing of models.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = ["Ceilings", "better", "measure_ceilings"]
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 _SIDE = {"cuda": 8192, "cpu": 1024}
 _REPEATS = 7
+_DRAWN = 1 << 20  # numbers that are not repeated: drawing all would take a CPU seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +61,27 @@ def measure_ceilings(device: str, dtype: str) -> Ceilings:
     size = _COPY_BYTES.get(chosen.type, _COPY_BYTES["cpu"])
     if chosen.type == "cuda":
         size = min(size, int(torch.cuda.mem_get_info(chosen)[0] // 8))
-    source = torch.ones(size, dtype=torch.uint8, device=chosen)
+    source = _filled((size // element.itemsize,), element, chosen)
+    size = source.nbytes
     target = torch.empty_like(source)
     copy_s = _best(chosen, functools.partial(target.copy_, source))
     del source, target
     side = _SIDE.get(chosen.type, _SIDE["cpu"])
-    left = torch.ones(side, side, dtype=element, device=chosen)
-    right = torch.ones(side, side, dtype=element, device=chosen)
+    left = _filled((side, side), element, chosen)
+    right = _filled((side, side), element, chosen)
     out = torch.empty(side, side, dtype=element, device=chosen)
     product_s = _best(chosen, lambda: torch.mm(left, right, out=out))
     return Ceilings(bandwidth=2 * size / copy_s, rate=2 * side**3 / product_s, dtype=dtype)
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers as weights are. Constant ones switch fewer bits and draw less power, and a device
+    that is held at its power limit multiplies them faster than it does any model's."""
+    count = math.prod(shape)
+    generator = torch.Generator(device=device).manual_seed(0)
+    drawn = torch.empty(min(count, _DRAWN), dtype=dtype, device=device)
+    drawn.normal_(0.0, 0.02, generator=generator)
+    return drawn.repeat(-(-count // len(drawn)))[:count].reshape(shape)
 
 
 def _best(device: torch.device, call: Callable[[], Any]) -> float:

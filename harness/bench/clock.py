@@ -29,20 +29,24 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """`time.perf_counter`; for devices where a call returns when its work is done."""
+    """`time.perf_counter`, after waiting for *device*; a CPU has always done what was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._start = 0.0
         self._marks: list[float] = []
 
     def start(self) -> None:
         self._marks = []
+        synchronise(self._device)
         self._start = time.perf_counter()
 
     def mark(self) -> None:
+        synchronise(self._device)
         self._marks.append(time.perf_counter())
 
     def stop(self) -> Round:
+        synchronise(self._device)
         end = time.perf_counter()
         return _round([mark - self._start for mark in self._marks], end - self._start)
 
@@ -98,10 +102,10 @@ def cuda_event() -> Any:
 
 
 def clock_for(device: str) -> Clock:
-    """The clock of *device*. Other accelerators than CUDA are synchronised by `generate`, which
-    reads after each token whether all rows are done."""
+    """The clock of *device*: the host's waits for other accelerators than CUDA at every token,
+    since `generate` may read a step late whether all rows are done."""
     chosen = torch.device(device)
-    return CudaClock(chosen) if chosen.type == "cuda" else HostClock()
+    return CudaClock(chosen) if chosen.type == "cuda" else HostClock(device)
 
 
 def synchronise(device: str) -> None:
@@ -109,5 +113,5 @@ def synchronise(device: str) -> None:
     chosen = torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.synchronize(chosen)
-    elif chosen.type == "mps":
-        torch.mps.synchronize()
+    elif chosen.type != "cpu":
+        getattr(torch, chosen.type).synchronize()

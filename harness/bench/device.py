@@ -39,6 +39,15 @@ _REASONS = {
     0x80: "power brake",
     0x100: "display clocks",
 }
+# The newer name first; drivers and their tools know one of them, or both.
+_REASONS_CALLS = (
+    "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons",
+)  # fmt: skip
+_REASONS_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+_FIELDS = {
+    "clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "temperature.gpu": "temperature_c",
+    "power.draw": "power_w", "enforced.power.limit": "power_limit_w",
+}  # fmt: skip
 #: Reasons that say nothing against a measurement.
 _HARMLESS = frozenset({"idle", "application clocks", "sync boost", "display clocks"})
 
@@ -124,21 +133,24 @@ class DeviceReader:
         self._nvml: Any = None
         self._handle: Any = None
         self._uuid = ""
+        self._fields: tuple[str, ...] = ()
         self.driver: str | None = None
         self.source = "none"
         chosen = torch.device(device)
         if chosen.type != "cuda" or torch.version.cuda is None:
             return
         identity = str(getattr(torch.cuda.get_device_properties(chosen), "uuid", ""))
-        if identity and not identity.startswith(("GPU-", "MIG-")):
-            identity = f"GPU-{identity}"
-        self._uuid = identity
+        self._uuid = identity if identity.startswith(("GPU-", "MIG-")) else f"GPU-{identity}"
         try:
             import pynvml
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(self._uuid.encode())
+            try:
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(self._uuid.encode())
+            except pynvml.NVMLError:  # torch tells a slice of a device by its bare number too
+                slice_ = self._uuid.replace("GPU-", "MIG-", 1)
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(slice_.encode())
             driver = pynvml.nvmlSystemGetDriverVersion()
             self.driver = driver.decode() if isinstance(driver, bytes) else str(driver)
             self.source = "nvml"
@@ -146,6 +158,7 @@ class DeviceReader:
             self._nvml = self._handle = None
             self.driver = self._smi("driver_version").get("driver_version")
             self.source = "nvidia-smi" if self.driver else "none"
+            self._fields = self._known_fields() if self.driver else ()
 
     def read(self) -> Mapping[str, Any] | None:
         """Clocks in MHz, temperature in °C, power in W, and what slows the device down; a value
@@ -158,10 +171,13 @@ class DeviceReader:
 
     def _read_nvml(self) -> dict[str, Any]:
         nvml, handle = self._nvml, self._handle
-        old_name = "nvmlDeviceGetCurrentClocksThrottleReasons"
-        reasons: Any = getattr(
-            nvml, "nvmlDeviceGetCurrentClocksEventReasons", getattr(nvml, old_name, None)
-        )
+
+        def reasons() -> int:
+            for name in _REASONS_CALLS:
+                with contextlib.suppress(Exception):  # unknown to the bindings, or to the driver
+                    return int(getattr(nvml, name)(handle))
+            raise LookupError
+
         questions: dict[str, Any] = {
             "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
@@ -170,7 +186,7 @@ class DeviceReader:
             ),
             "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
             "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-            "throttle": lambda: throttle_reasons(int(reasons(handle))),
+            "throttle": lambda: throttle_reasons(reasons()),
         }
         found: dict[str, Any] = {}
         for name, question in questions.items():
@@ -179,22 +195,23 @@ class DeviceReader:
                 found[name] = question()
         return found
 
+    def _known_fields(self) -> tuple[str, ...]:
+        """What `nvidia-smi` answers here: one name that it does not know spoils the whole answer,
+        and asking takes it long enough to ask once."""
+        for reasons in (*((name,) for name in _REASONS_FIELDS), ()):
+            if self._smi(*_FIELDS, *reasons):
+                return (*_FIELDS, *reasons)
+        return ()
+
     def _read_smi(self) -> dict[str, Any] | None:
-        names = {
-            "clocks.sm": "sm_mhz",
-            "clocks.mem": "memory_mhz",
-            "temperature.gpu": "temperature_c",
-            "power.draw": "power_w",
-            "enforced.power.limit": "power_limit_w",
-        }
-        answers = self._smi(*names)
+        answers = self._smi(*self._fields) if self._fields else {}
         found: dict[str, Any] = {}
-        for asked, name in names.items():
+        for asked, name in _FIELDS.items():
             with contextlib.suppress(ValueError, KeyError):
                 found[name] = float(answers[asked])
-        reasons = self._smi("clocks_throttle_reasons.active").get("clocks_throttle_reasons.active")
-        with contextlib.suppress(ValueError, TypeError):
-            found["throttle"] = throttle_reasons(int(str(reasons), 16))
+        for asked in _REASONS_FIELDS:
+            with contextlib.suppress(ValueError, KeyError):
+                found["throttle"] = throttle_reasons(int(answers[asked], 16))
         return found or None
 
     def _smi(self, *fields: str) -> dict[str, str]:

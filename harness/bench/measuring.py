@@ -20,6 +20,7 @@ from harness.bench.device import DeviceReader
 from harness.bench.roofline import ModelArithmetic, arithmetic_of
 from harness.completion import Application
 from harness.engines.application import without_wrappers
+from harness.engines.faults import device_fault
 from harness.engines.timed import Decoding, generate_marked, plain_generation, random_ids
 from harness.errors import InputError
 from harness.stack import Mode
@@ -33,6 +34,7 @@ __all__ = [
     "Measurer",
     "default_lengths",
     "default_repeats",
+    "refusal",
 ]
 
 _ROOM = 1.1  # of the merged weights: what the copies' temporaries take
@@ -48,6 +50,19 @@ def default_lengths(device: str) -> Lengths:
     if torch.device(device).type == "cuda":
         return Lengths(input_tokens=512, output_tokens=32, batch_sizes=(1, 8, 32))
     return Lengths(input_tokens=16, output_tokens=4, batch_sizes=(1, 2))
+
+
+def refusal(error: Exception) -> str | None:
+    """Why *error* means that a cell cannot be measured here, and the others can: a mode that cannot
+    be entered, memory that does not suffice, a step that does not compile. None for any other."""
+    if isinstance(error, InputError):
+        return str(error)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"the decode step does not compile: {str(error).strip().splitlines()[0]}"
+    fault = device_fault(error)
+    if fault is None or fault.sticky:
+        return None
+    return f"{fault.said} → take smaller --batch-sizes or --input-tokens, or --dtype bfloat16"
 
 
 class CellMeasurer:

@@ -22,10 +22,12 @@ from harness.bench.results import Results, as_benchmark_json, results_in
 from harness.bench.session import results_of
 from harness.bench.visiting import (
     Visit,
+    at_least_one,
     collected,
     groups_of,
     measurable,
     visit_group,
+    warm_up,
 )
 from harness.errors import InputError
 
@@ -65,10 +67,12 @@ def serve(
         InputError: no cell can be measured here, or a line names no group.
     """
     possible, skipped = measurable(measurer, cells)
+    for group in groups_of(possible).values():
+        skipped |= warm_up(measurer, group)
+    possible = [cell for cell in possible if cell.key not in skipped]
+    at_least_one(measurer, possible, skipped)
     groups = groups_of(possible)
     visits: dict[str, list[Visit]] = {cell.key: [] for cell in possible}
-    for group in groups.values():
-        visit_group(measurer, group, warming=True)
     a_round = -(-repeats // _A_VISIT)
     _answer(answers, {"ready": list(groups), "visits": a_round})
     for line in requests:

@@ -16,18 +16,21 @@ import torch
 
 from harness.bench.cells import Cell, CellResult, Round, fastest
 from harness.bench.device import peak_bytes, reset_peak
-from harness.bench.measuring import CellMeasurer, Measurer
+from harness.bench.measuring import CellMeasurer, Measurer, refusal
+from harness.engines.faults import give_memory_back
 from harness.engines.timed import Decoding
 from harness.errors import InputError
 
 __all__ = [
     "Visit",
+    "at_least_one",
     "collected",
     "collected_so_far",
     "groups_of",
     "interleaved",
     "measurable",
     "visit_group",
+    "warm_up",
 ]
 
 
@@ -50,10 +53,46 @@ def groups_of(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return groups
 
 
-def visit_group(
-    measurer: Measurer, cells: Sequence[Cell], *, repeats: int = 1, warming: bool = False
-) -> dict[str, Visit]:
-    """One round of every cell of one group (`groups_of`); nothing counts while *warming*.
+def warm_up(measurer: Measurer, cells: Sequence[Cell]) -> dict[str, str]:
+    """Enter one group (`groups_of`) and generate once in each cell; nothing counts.
+
+    Returns:
+        Why a cell cannot be measured here (`refusal`), by key: it is to be left out.
+    """
+    refused: dict[str, str] = {}
+    reason: str | None = None
+    try:
+        with measurer.applied(cells[0].mode, cells[0].application) as (model, _):
+            for cell in cells:
+                reason = _warmed(measurer, model, cell)
+                if reason is not None:
+                    refused[cell.key] = reason
+                    give_memory_back()
+            reason = None
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+    if reason is not None:  # the mode cannot be entered: none of its cells can be measured
+        give_memory_back()
+        refused = {cell.key: reason for cell in cells}
+    return refused
+
+
+def _warmed(measurer: Measurer, model: Any, cell: Cell) -> str | None:
+    # The error's traceback holds what did not fit: no more than its words leaves this function.
+    try:
+        CellMeasurer(model, cell, measurer.device, measurer.vocabulary).warm_up(whole=True)
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        return reason
+    return None
+
+
+def visit_group(measurer: Measurer, cells: Sequence[Cell], *, repeats: int = 1) -> dict[str, Visit]:
+    """One round of every cell of one group (`groups_of`), which is warm (`warm_up`).
 
     A short generation after entering takes up what the change left cold, and does not count. Of
     *repeats* generations the fastest is the round, by each metric: neighbours on a shared machine
@@ -63,9 +102,6 @@ def visit_group(
     with measurer.applied(cells[0].mode, cells[0].application) as (model, seconds):
         for cell in cells:
             one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-            if warming:
-                one.warm_up(whole=True)
-                continue
             reset_peak(measurer.device)
             one.warm_up(whole=False)
             made = [one() for _ in range(repeats)]
@@ -85,7 +121,6 @@ def visit_all(
     *,
     seed: int,
     repeats: int = 1,
-    warming: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Visit]:
     """One round of every cell, in an order drawn from *seed*, group by group (`visit_group`)."""
@@ -93,7 +128,7 @@ def visit_all(
     random.Random(seed).shuffle(groups)
     visits: dict[str, Visit] = {}
     for place, group in enumerate(groups):
-        visits |= visit_group(measurer, group, repeats=repeats, warming=warming)
+        visits |= visit_group(measurer, group, repeats=repeats)
         if progress is not None:
             progress((place + 1) / len(groups))
     return visits
@@ -127,24 +162,37 @@ def interleaved(
     visits |= {cell.key: [] for cell in possible}
     in_turn = [cell for cell in possible if cell not in compiled]
     try:
-        for number in range(rounds + 1):
+        groups = list(groups_of(in_turn).values())
+        for place, group in enumerate(groups):
+            skipped |= warm_up(measurer, group)
+            if progress is not None:
+                progress((place + 1) / len(groups) / (rounds + 1))
+        in_turn = [cell for cell in in_turn if cell.key not in skipped]
+        possible = [cell for cell in possible if cell.key not in skipped]
+        for number in range(1, rounds + 1):
 
             def report(part: float, number: int = number) -> None:
                 if progress is not None:
                     progress((number + part) / (rounds + 1))
 
             found = visit_all(
-                measurer, in_turn, seed=seed + number, repeats=repeats, warming=number == 0,
-                progress=report,
-            )  # fmt: skip
+                measurer, in_turn, seed=seed + number, repeats=repeats, progress=report
+            )
             for key, visit in found.items():
                 visits[key].append(visit)
         for cell in compiled:
-            visits[cell.key] = _compiled(measurer, cell, rounds)
+            made = _compiled(measurer, cell, rounds)
+            if isinstance(made, str):
+                skipped[cell.key] = made
+                give_memory_back()
+            else:
+                visits[cell.key] = made
     except KeyboardInterrupt as error:
         done = sum(map(len, visits.values()))
         error.add_note(f"{done} of {rounds * len(possible)} rounds of cells were measured")
         raise
+    possible = [cell for cell in possible if cell.key not in skipped]
+    at_least_one(measurer, possible, skipped)
     return [collected(measurer, cell, visits[cell.key]) for cell in possible], skipped
 
 
@@ -172,12 +220,17 @@ def measurable(measurer: Measurer, cells: Sequence[Cell]) -> tuple[list[Cell], d
             skipped[cell.key] = str(error)
         else:
             possible.append(cell)
+    at_least_one(measurer, possible, skipped)
+    return possible, skipped
+
+
+def at_least_one(measurer: Measurer, possible: Sequence[Cell], skipped: Mapping[str, str]) -> None:
+    """Raises `InputError` with the first reason where no cell is left to measure."""
     if not possible:
         raise InputError(
             f"no cell can be measured here: {next(iter(skipped.values()), 'none was asked for')}",
             where=measurer.engine.stack.name,
         )
-    return possible, skipped
 
 
 def collected(
@@ -195,20 +248,28 @@ def collected(
     )
 
 
-def _compiled(measurer: Measurer, cell: Cell, rounds: int) -> list[Visit]:
+def _compiled(measurer: Measurer, cell: Cell, rounds: int) -> list[Visit] | str:
+    """The rounds of a cell that is compiled anew, or why it cannot be measured here: a machine
+    without a compiler is not to lose what was measured before."""
     torch.compiler.reset()
-    reset_peak(measurer.device)
-    with measurer.applied(cell.mode, cell.application) as (model, seconds):
-        one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-        for _ in range(3):  # compile, capture the graph, replay it
-            one.warm_up(whole=True)
-        visits = []
-        for _ in range(rounds):
-            round = one()
-            visits.append(
-                Visit(
-                    round=round, gaps_s=round.gaps_s, switch_s=seconds,
-                    peak_bytes=peak_bytes(measurer.device), state=measurer.reader.read(),
-                )
-            )  # fmt: skip
+    try:
+        with measurer.applied(cell.mode, cell.application) as (model, seconds):
+            reset_peak(measurer.device)
+            one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+            for _ in range(3):  # compile, capture the graph, replay it
+                one.warm_up(whole=True)
+            visits = []
+            for _ in range(rounds):
+                round = one()
+                visits.append(
+                    Visit(
+                        round=round, gaps_s=round.gaps_s, switch_s=seconds,
+                        peak_bytes=peak_bytes(measurer.device), state=measurer.reader.read(),
+                    )
+                )  # fmt: skip
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        return reason
     return visits

@@ -150,6 +150,13 @@ def _check(arguments: argparse.Namespace) -> None:
             "is a comparison of its own", where="--against-command",
             remedy="leave out --against and --results",
         )  # fmt: skip
+    # Each visit enters a mode anew and would compile anew: minutes a round, and past dynamo's limit
+    # of recompilations the steps run uncompiled under the same name.
+    if (arguments.against_command or arguments.serve) and "compiled" in arguments.decoding:
+        raise InputError(
+            "cannot be measured in turn", where="--decoding compiled",
+            remedy="hold it against stored results: --against FILE",
+        )  # fmt: skip
 
 
 def _thresholds(arguments: argparse.Namespace) -> Thresholds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 __all__ = [
     "COLOURS",
@@ -35,6 +37,11 @@ STYLES: tuple[Any, ...] = (
     "-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2, 2, 2)),
 )  # fmt: skip
 GREY = "#777777"
+# From here on DejaVu Sans has few letters: Chinese, Japanese, Korean.
+_EAST = 0x2E80
+_WIDE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
+         "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC",
+         "Droid Sans Fallback")  # fmt: skip
 #: A cell of a map that has no value.
 MISSING = "#dddddd"
 #: For maps of signed values.
@@ -71,7 +78,12 @@ def drawn(
 
     The same values give the same bytes: no dates, no random ids.
     """
-    with mpl.rc_context(_SETTINGS):
+    with (
+        mpl.rc_context(_SETTINGS | {"font.family": _families(title)}),
+        warnings.catch_warnings(),
+    ):
+        # A script that no font here has is drawn as boxes; the caption's page names it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
@@ -80,6 +92,15 @@ def drawn(
         figure.savefig(png, format="png", dpi=140, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return Plot(name=name, title=title, caption=caption, png=png.getvalue(), svg=svg.getvalue())
+
+
+def _families(title: str) -> list[str]:
+    """Matplotlib's own font, and for scripts that it lacks those of *_WIDE* that are installed."""
+    own = "DejaVu Sans"
+    if all(ord(character) < _EAST for character in title):
+        return [own]
+    installed = {font.name for font in fontManager.ttflist}
+    return [own, *(name for name in _WIDE if name in installed)]
 
 
 def plain(name: str) -> str:

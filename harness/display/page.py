@@ -50,7 +50,8 @@ def _environment(folder: Path) -> Environment:
 def cell(value: Any, digits: int = 4) -> str:
     """A value as text: *digits* significant digits, thousands grouped, a dash for nothing.
 
-    Control and bidirectional characters are made visible.
+    A number with more digits before its point keeps them all, below a thousand million. Control
+    and bidirectional characters are made visible.
     """
     if value is None:
         return "–"
@@ -60,7 +61,9 @@ def cell(value: Any, digits: int = 4) -> str:
         return f"{value:,}"
     if not math.isfinite(value):
         return "–"
-    return "0" if value == 0 else f"{value:.{digits}g}"
+    text = "0" if value == 0 else f"{value:.{digits}g}"
+    whole = 1 <= abs(value) < 1e9 and ("e" in text or "." not in text)
+    return f"{value:,.0f}" if whole else text
 
 
 def image_uri(svg: str) -> str:

@@ -107,18 +107,32 @@ class LatencySession:
     def entered(self, cell: Cell) -> Iterator[SimpleNamespace]:
         """*cell*, warm: `.once` measures a round, `.rounds` is how many the time left allows, and
         `.done()` gives the result. What cannot be measured here is skipped with the reason."""
-        from harness.bench.device import peak_bytes, reset_peak
+        from harness.bench.measuring import refusal
+        from harness.engines.faults import give_memory_back
 
         start = time.perf_counter()
+        reason = None
         try:
-            self.measurer.check(cell)
-        except InputError as error:
-            self.skipped[cell.key] = str(error)
-            self._cells -= 1
-            pytest.skip(shown(str(error)))
+            with self._entered(cell, start) as entered:
+                yield entered
+        except Exception as error:
+            reason = refusal(error)
+            if reason is None:
+                raise
+        self._cells -= 1
+        self._left_s -= time.perf_counter() - start
+        if reason is not None:
+            give_memory_back()
+            self.skipped[cell.key] = reason
+            pytest.skip(shown(reason))
+
+    @contextlib.contextmanager
+    def _entered(self, cell: Cell, start: float) -> Iterator[SimpleNamespace]:
+        from harness.bench.device import peak_bytes, reset_peak
+
         states = [self.measurer.reader.read()]
-        reset_peak(self.measurer.device)
         with self.measurer.entered(cell) as (one, switch_s):
+            reset_peak(self.measurer.device)
             share = max(0.0, self._left_s) / max(1, self._cells)
             seconds = one.warm_up(whole=True)
             if seconds < share / 4:
@@ -139,8 +153,6 @@ class LatencySession:
                 return result
 
             yield SimpleNamespace(once=one, rounds=rounds, done=done)
-        self._cells -= 1
-        self._left_s -= time.perf_counter() - start
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ __all__ = [
 _TEMPLATE = Path(__file__).parent / "templates" / "latency.html.jinja"
 _BARS = "▁▂▃▄▅▆▇█"
 _NIGHTS = 30
+_UNBOUNDED = 5.0  # a log ratio: a factor of 150
 _TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end"}
 
 
@@ -73,7 +74,24 @@ class LatencyReport:
         if self.outcome is Outcome.SKIPPED:
             return "Compared with nothing: see --against."
         passed = sum(verdict.passed for verdict in self.verdicts)
-        return f"{passed} of {len(self.verdicts)} verdicts passed."
+        words = f"{passed} of {len(self.verdicts)} verdicts passed."
+        floors = [
+            f"{floor:.0%} ({title})" if math.isfinite(floor) else f"any ({title})"
+            for metric, title in _TITLES.items()
+            for floor in [_floor(self.changes, metric)]
+            if floor is not None
+        ]
+        if floors:
+            words += f" A change below {', '.join(floors)} could not be told from noise."
+        return words
+
+
+def _floor(changes: Sequence[Change], metric: str) -> float | None:
+    """The largest relative change that equal things showed in *metric*; None for no figure."""
+    floors = [change.samples.floor for change in changes if change.samples.metric == metric]
+    if not floors:
+        return None
+    return math.expm1(max(floors)) if max(floors) < _UNBOUNDED else math.inf
 
 
 def markers(results: Results) -> list[str]:
@@ -190,7 +208,8 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
 
 _COLUMNS = {
     "cell": "cell",
-    "ttft_ms": "TTFT ms", "itl_p50_ms": "ITL p50 ms", "itl_p90_ms": "p90", "itl_p99_ms": "p99",
+    "ttft_ms": "TTFT ms",
+    "itl_p50_ms": "ITL p50 ms", "itl_p90_ms": "p90 ms", "itl_p99_ms": "p99 ms",
     "e2e_ms": "end to end ms", "output_tokens_per_s": "tokens/s",
     "prefill_tokens_per_s": "prefill tokens/s", "decode_share": "decode, % of ceiling",
     "prefill_share": "prefill, % of ceiling", "switch_ms": "switch ms", "peak_gib": "peak GiB",
@@ -320,11 +339,12 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
                 "title": "Compared",
                 "text": "New over old, 99 % interval, p of the rank test, "
                 "and how far apart equal things were.",
-                "head": ["figure", "old ms", "new ms", "ratio", "low", "high", "p", "noise floor",
-                         "verdict"],
+                "head": ["figure", "old ms", "new ms", "ratio", "low", "high", "p",
+                         "noise floor, %", "verdict"],
                 "rows": [
                     [c.samples.name, c.old_s * 1e3, c.new_s * 1e3, c.ratio, c.low, c.high,
-                     c.p_judged, math.expm1(c.samples.floor) if c.samples.floor < 5 else None,
+                     c.p_judged,
+                     math.expm1(c.samples.floor) * 100 if c.samples.floor < _UNBOUNDED else None,
                      c.outcome.value]
                     for c in report.changes
                 ],

@@ -216,6 +216,36 @@ def test_adapters_without_a_common_module_cannot_overlap(tmp_path: Path) -> None
     assert any("no module in common" in f.text for f in findings_of(figures))
 
 
+def test_an_adapter_that_changes_nothing_there_is_said_so_and_not_called_independent(
+    tmp_path: Path,
+) -> None:
+    import torch
+
+    from harness.analysis import findings_of
+
+    name = "model.layers.0.mlp.up_proj"
+    a, b = torch.randn(2, 8), torch.randn(8, 2)
+    one = write_adapter(tmp_path / "one", {f"{name}.lora_A": a, f"{name}.lora_B": b})
+    two = write_adapter(tmp_path / "two", {f"{name}.lora_A": a, f"{name}.lora_B": 0 * b})
+    words = [finding.text for finding in findings_of(_compare([one, two]))]
+    assert (
+        "two changes nothing in what one and two both adapt (1 module): they cannot overlap."
+        in (words)
+    )
+    assert not any("independent" in text for text in words)
+
+
+def test_more_module_types_than_have_lines_are_named_all_the_same(tmp_path: Path) -> None:
+    from harness.analysis import findings_of
+
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    paths = [layered_adapter(tmp_path / n, seed=1, kinds=kinds) for n in ("one", "two")]
+    found = [f for f in findings_of(_compare(paths)) if "adds to" in f.text]
+    assert len(found) == 4
+    assert all(any(kind in f.text for f in found) for kind in kinds)
+    assert len({module for f in found for module in f.modules}) == 6 * 3
+
+
 def test_three_adapters_make_three_pairs(tmp_path: Path) -> None:
     paths = {name: layered_adapter(tmp_path / name, seed=i) for i, name in enumerate("abc")}
     figures = _compare(list(paths.values()), names=["x", "y", "z"])

@@ -111,6 +111,76 @@ def test_odd_adapters_can_be_drawn(tmp_path: Path, shape: str) -> None:
     assert draw(compare([folder, folder], names=["$x", "$y"]))
 
 
+def _drawn(draw: Any, *values: Any, size: tuple[float, float] = (11, 4)) -> Any:
+    """The figure that a plot's function draws, laid out."""
+    from harness.drawing import Figure, FigureCanvasAgg
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure, *values)
+    figure.canvas.draw()
+    return figure
+
+
+def test_layers_and_directions_are_whole_numbers_also_where_there_is_one(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from harness.analysis import plots
+    from harness.analysis.running import analyze, compare
+
+    folder = layered_adapter(tmp_path / "a", seed=1, layers=1, rank=1)
+    one, two = analyze(folder), compare([folder, folder], names=["x", "y"])
+    figures = [_drawn(plots._layers, one), _drawn(plots._spectra, one),
+               _drawn(plots._compared_spectra, two), _drawn(plots._interference, two.pairs[0]),
+               _drawn(plots._adapters, two)]  # fmt: skip
+    numbered = [axes for f in figures for axes in f.axes
+                if axes.get_xlabel() in ("layer", "direction", "directions kept")]  # fmt: skip
+    assert len(numbered) == 8
+    for axes in numbered:
+        low, high = axes.get_xlim()
+        assert [t for t in axes.get_xticks() if low <= t <= high] == [1 if "dir" in
+                axes.get_xlabel() else 0]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_the_numbers_of_an_overlap_matrix_stay_in_their_cells(tmp_path: Path, count: int) -> None:
+    pytest.importorskip("matplotlib")
+    from harness.analysis import plots
+    from harness.analysis.running import compare
+
+    paths = [layered_adapter(tmp_path / str(i), seed=i, layers=2) for i in range(count)]
+    size = (11, 1.4 + 0.9 * count)
+    figure = _drawn(plots._overlap_matrix, compare(paths), size=size)
+    for axes in figure.axes:
+        left, right = (axes.transData.transform((x, 0))[0] for x in (-0.5, 0.5))
+        assert len(axes.texts) == count**2
+        assert max(text.get_window_extent().width for text in axes.texts) < right - left
+
+
+def test_a_name_in_another_script_is_drawn_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    pytest.importorskip("matplotlib")
+    from harness.analysis.running import analyze, draw
+
+    folder = layered_adapter(tmp_path / "a", seed=1, layers=1)
+    plots = draw(analyze(folder, name="数学"))
+    assert plots is not None
+    assert plots[0].title == "Weights of 数学"
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_intruders_are_a_column_where_they_were_looked_for(tiny: Any, tmp_path: Path) -> None:
+    from harness.analysis import analyze_lora_weights
+
+    folder = tiny.adapters["style"]
+    for count, there in ((0, False), (2, True)):
+        analyze_lora_weights(
+            folder, base_model=tiny.base, intruders=count, output_dir=tmp_path / str(count),
+            plots=False,
+        )  # fmt: skip
+        assert ("| intruders |" in (tmp_path / str(count) / "report.md").read_text()) is there
+
+
 def test_keys_keep_their_order_and_nothing_is_nan(tmp_path: Path) -> None:
     import torch
 

@@ -197,6 +197,211 @@ def test_each_metric_of_a_round_is_the_fastest_of_its_repeats():
     assert fastest(made) == Round(ttft_s=1.0, gaps_s=(0.2, 0.4), e2e_s=1.9)
 
 
+def test_the_old_name_of_a_reason_is_asked_where_the_driver_lacks_the_new():
+    from harness.bench.device import DeviceReader
+
+    def unknown(handle):
+        raise RuntimeError("function not found")
+
+    reader = DeviceReader("cpu")
+    reader._handle, reader._nvml = (
+        object(),
+        SimpleNamespace(
+            nvmlDeviceGetCurrentClocksEventReasons=unknown,
+            nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x40,
+        ),
+    )
+    assert reader.read() == {"throttle": ["hardware thermal"]}
+
+
+def test_without_nvml_the_tool_is_asked_once_a_reading_for_what_it_knows(monkeypatch):
+    import subprocess
+
+    from harness.bench import device
+
+    asked = []
+
+    def tool(command, **_):
+        fields = command[3].removeprefix("--query-gpu=").split(",")
+        asked.append(fields)
+        if "clocks_event_reasons.active" in fields:  # an older tool: it knows the older name
+            raise subprocess.CalledProcessError(2, command)
+        answers = {"clocks.sm": "1980", "power.draw": "[N/A]",
+                   "clocks_throttle_reasons.active": "0x0000000000000004"}  # fmt: skip
+        return SimpleNamespace(stdout=", ".join(answers.get(name, "1") for name in fields) + "\n")
+
+    monkeypatch.setattr(device.subprocess, "run", tool)
+    reader = device.DeviceReader("cpu")
+    reader._fields, reader.source = reader._known_fields(), "nvidia-smi"
+    asked.clear()
+    assert reader.read() == {
+        "sm_mhz": 1980.0, "memory_mhz": 1.0, "temperature_c": 1.0, "power_limit_w": 1.0,
+        "throttle": ["power cap"],
+    }  # fmt: skip
+    assert len(asked) == 1
+
+
+def test_an_accelerator_without_events_is_waited_for_at_every_token(monkeypatch):
+    from harness.bench import clock as clocks
+
+    waits = []
+    monkeypatch.setattr(clocks, "synchronise", waits.append)
+    clock = clocks.clock_for("mps")
+    clock.start()
+    clock.mark()
+    clock.mark()
+    clock.stop()
+    assert waits == ["mps"] * 4
+
+
+def test_ceilings_are_of_numbers_as_weights_are_and_leave_no_trace(monkeypatch):
+    """A device at its power limit multiplies constants faster than it does any model's weights."""
+    import torch
+
+    from harness.bench import ceilings
+
+    seen = []
+    given = torch.mm
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 1 << 12)
+    monkeypatch.setitem(ceilings._SIDE, "cpu", 64)
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out: seen.append((a.std(), b.std())) or given(a, b, out=out)
+    )
+    before = torch.get_rng_state()
+    found = ceilings.measure_ceilings("cpu", "bfloat16")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.bandwidth > 0
+    assert all(0.01 < float(spread) < 0.03 for pair in seen for spread in pair)
+
+
+@pytest.fixture
+def small(tiny_shape):
+    """A loaded shape, and its cells at batch 1 and 2."""
+    from harness.bench.measuring import Measurer
+    from harness.engines import load_for_timing
+
+    stack = random_stack(f"random:{tiny_shape}")
+    with load_for_timing(stack, device="cpu") as engine:
+        lengths = Lengths(input_tokens=4, output_tokens=2, batch_sizes=(1, 2))
+        kept = [c for c in cells_of(stack, lengths) if c.mode.name in ("base", "stacked")]
+        yield Measurer(engine, ceilings=False), kept
+
+
+def _too_large(one, *, whole):
+    import torch
+
+    if one.cell.batch_size == 2 and one.cell.application_name == "merged":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return 0.001
+
+
+def test_what_does_not_fit_is_left_out_with_the_reason_and_the_rest_is_measured(small, monkeypatch):
+    from harness.bench import visiting
+
+    measurer, cells = small
+    monkeypatch.setattr(visiting.CellMeasurer, "warm_up", _too_large)
+    made, skipped = visiting.interleaved(measurer, cells, 1)
+    assert set(skipped) == {"stacked-merged-b2-i4-o2"}
+    assert "out of memory" in skipped["stacked-merged-b2-i4-o2"]
+    assert "--batch-sizes" in skipped["stacked-merged-b2-i4-o2"]
+    assert {cell.key for cell in made} == {cell.key for cell in cells} - set(skipped)
+
+
+def test_a_mode_that_cannot_be_entered_leaves_the_others(small, monkeypatch):
+    from harness.bench import visiting
+
+    measurer, cells = small
+    given = measurer.engine.mode
+
+    def refusing(mode, application):
+        if application is Application.FLATTENED:
+            raise InputError("is not flattened in memory", where="application flattened")
+        return given(mode, application)
+
+    monkeypatch.setattr(measurer.engine, "mode", refusing)
+    made, skipped = visiting.interleaved(measurer, cells, 1)
+    assert set(skipped) == {f"stacked-flattened-b{n}-i4-o2" for n in (1, 2)}
+    assert len(made) == len(cells) - 2
+    flattened = [cell for cell in cells if cell.application_name == "flattened"]
+    with pytest.raises(InputError, match="not flattened in memory"):
+        visiting.interleaved(measurer, flattened, 1)
+
+
+def test_a_step_that_does_not_compile_loses_no_round_of_the_others(small, monkeypatch):
+    import dataclasses
+
+    import torch
+
+    from harness.bench import visiting
+
+    measurer, cells = small
+    compiled = dataclasses.replace(cells[0], decoding="compiled")
+    monkeypatch.setattr(measurer, "check", lambda cell: None)  # as on CUDA
+    given = visiting.CellMeasurer.warm_up
+
+    def without_a_compiler(one, *, whole):
+        if one.cell.decoding == "compiled":
+            raise torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no C compiler"), None)
+        return given(one, whole=whole)
+
+    monkeypatch.setattr(visiting.CellMeasurer, "warm_up", without_a_compiler)
+    made, skipped = visiting.interleaved(measurer, [*cells[:1], compiled], 2)
+    assert [cell.key for cell in made] == [cells[0].key]
+    assert "does not compile" in skipped[compiled.key]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_one_graph_a_cell_adapters_and_all(small, monkeypatch):
+    """On a CPU, traced and not turned into kernels: those need CUDA. No step leaves the graph, and
+    no round compiles anew."""
+    import dataclasses
+
+    import torch
+    from transformers import CompileConfig, GenerationConfig
+
+    from harness.bench import visiting
+    from harness.engines import timed
+
+    everywhere = CompileConfig(backend="aot_eager", mode=None)
+    everywhere._compile_all_devices = True  # as transformers' own tests do
+
+    def configured(**settings):
+        config = GenerationConfig(**settings)
+        if not config.disable_compile:
+            config.compile_config = everywhere
+        return config
+
+    monkeypatch.setattr(timed, "GenerationConfig", configured)
+    measurer, cells = small
+    monkeypatch.setattr(measurer, "check", lambda cell: None)  # as on CUDA
+    compiled = [dataclasses.replace(c, decoding="compiled", output_tokens=5) for c in cells]
+    torch._dynamo.utils.counters.clear()
+    made, skipped = visiting.interleaved(measurer, compiled, 2)
+    counted = torch._dynamo.utils.counters
+    assert skipped == {}
+    assert {cell.key for cell in made} == {cell.key for cell in compiled}
+    assert counted["stats"]["unique_graphs"] == len(compiled)
+    assert not counted["graph_break"]
+
+
+def test_under_pytest_a_cell_that_does_not_fit_is_skipped_and_counted(small, monkeypatch):
+    from harness.bench import measuring
+    from harness.plugin.latency import LatencySession
+
+    measurer, cells = small
+    monkeypatch.setattr(measuring.CellMeasurer, "warm_up", _too_large)
+    session = LatencySession(measurer, len(cells))
+    large = next(c for c in cells if c.batch_size == 2 and c.application_name == "merged")
+    with pytest.raises(pytest.skip.Exception, match="out of memory"), session.entered(large):
+        pytest.fail("it was entered")
+    assert "out of memory" in session.skipped[large.key]
+    with session.entered(cells[0]) as entered:
+        entered.once()
+        assert entered.done().key == cells[0].key
+    with pytest.raises(ZeroDivisionError), session.entered(cells[0]):  # a bug stays one
+        raise ZeroDivisionError
+
+
 class _Told:
     """A side that writes down what it is asked, and answers as a worker with *groups* does."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -52,6 +53,19 @@ def test_a_failure_shows_in_json_markdown_and_html(report, tmp_path):
         "report.json", "report.md", "report.html", "latency-by-mode.png", "share-of-ceiling.png",
         "overhead.png", "history.png",
     }  # fmt: skip
+
+
+def test_what_could_not_have_been_seen_is_said_beside_what_passed(report, tmp_path):
+    floors = {c.samples.metric: math.expm1(c.samples.floor) for c in report.changes}
+    told = f"A change below {floors['ttft_s']:.0%} (TTFT), {floors['tpot_s']:.0%} (TPOT), "
+    assert told in report.counts
+    assert report.counts.endswith("could not be told from noise.")
+    assert told in (write_latency(report, tmp_path / "out") / "report.html").read_text()
+    blind = [
+        dataclasses.replace(c, samples=dataclasses.replace(c.samples, floor=math.inf))
+        for c in report.changes
+    ]
+    assert "any (TTFT)" in dataclasses.replace(report, changes=tuple(blind)).counts
 
 
 def test_shares_are_the_roofline_over_what_was_measured(report):
