@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["DeviceFault", "attempt", "device_fault"]
+__all__ = ["DeviceFault", "attempt", "device_fault", "give_memory_back"]
 
 _STICKY = ("cuda error", "cublas", "cudnn", "device-side assert", "hip error")
 
@@ -73,11 +73,11 @@ def attempt(work: Callable[[], object]) -> DeviceFault | None:
     else:
         return None
     if not fault.sticky:  # here the error is gone, which held what the mode held
-        _give_memory_back()
+        give_memory_back()
     return fault
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

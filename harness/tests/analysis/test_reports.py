@@ -113,7 +113,7 @@ def test_odd_adapters_can_be_drawn(tmp_path: Path, shape: str) -> None:
 
 def _drawn(draw: Any, *values: Any, size: tuple[float, float] = (11, 4)) -> Any:
     """The figure that a plot's function draws, laid out."""
-    from harness.drawing import Figure, FigureCanvasAgg
+    from harness.display.drawing import Figure, FigureCanvasAgg
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)

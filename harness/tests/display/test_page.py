@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.page import cell
+from harness.display.page import cell
 from harness.tests.analysis.dense import layered_adapter
 from harness.tests.review.browser import driven
 
