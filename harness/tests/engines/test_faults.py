@@ -1,12 +1,18 @@
 """One mode's work: what befell the machine is told, what it held is free, a bug is raised."""
 
 import gc
+import pydoc
 import weakref
 
 import pytest
-import torch
 
-from harness.engines.faults import attempt
+
+@pytest.fixture
+def attempt():
+    """`attempt`, imported when a test asks for it: it brings torch."""
+    from harness.engines.faults import attempt
+
+    return attempt
 
 
 class Held:
@@ -16,14 +22,14 @@ class Held:
         self.itself = self
 
 
-@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
-def test_what_a_mode_held_is_free_when_its_fault_is_told(kind):
-    held = []
+@pytest.mark.parametrize("kind", ["MemoryError", "torch.OutOfMemoryError"])
+def test_what_a_mode_held_is_free_when_its_fault_is_told(attempt, kind):
+    error, held = pydoc.locate(kind), []
 
     def work():
         mine = Held()
         held.append(weakref.ref(mine))
-        raise kind("8 GiB asked")
+        raise error("8 GiB asked")
 
     gc.disable()  # so that only what is asked for frees the circle
     try:
@@ -35,13 +41,13 @@ def test_what_a_mode_held_is_free_when_its_fault_is_told(kind):
     assert not fault.sticky
 
 
-def test_work_that_gets_to_its_end_has_no_fault():
+def test_work_that_gets_to_its_end_has_no_fault(attempt):
     done = []
     assert attempt(lambda: done.append(1)) is None
     assert done == [1]
 
 
-def test_a_bug_is_raised():
+def test_a_bug_is_raised(attempt):
     def work():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
