@@ -113,6 +113,12 @@ def _sampled(figures: AdapterFigures) -> str:
     )
 
 
+def _from_zero(axes: Any) -> None:
+    """Sizes start at zero, and what is all of one size does not lie on the upper edge."""
+    axes.set_ylim(bottom=0)
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.05)
+
+
 def _whole_numbers(axes: Any, places: Sequence[int]) -> None:
     """Whole numbers alone along *axes*, which hold *places*: a single one has no neighbours."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -169,6 +175,10 @@ def _layers(figure: Figure, figures: AdapterFigures) -> None:
                   marker="o" if len(totals) < 3 else None)  # fmt: skip
     if inside:
         figure.legend(loc="outside right center", fontsize=9)
+    else:
+        for axes in (left, right):
+            axes.text(0.5, 0.5, "no module lies in a layer", transform=axes.transAxes, ha="center",
+                      color=GREY)  # fmt: skip
     layers = sorted({m.layer for m in inside if m.layer is not None})
     means = [np.mean([m.effective_rank for m in inside if m.layer == n]) for n in layers]
     ranks = [np.mean([m.rank for m in inside if m.layer == n]) for n in layers]
@@ -178,7 +188,7 @@ def _layers(figure: Figure, figures: AdapterFigures) -> None:
     right.legend(ncols=2, loc="upper right")
     left.set(xlabel="layer", ylabel="‖ΔW‖", title="size")
     right.set(xlabel="layer", ylabel="rank", title="rank")
-    left.set_ylim(bottom=0)
+    _from_zero(left)
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
         _whole_numbers(axes, layers)
@@ -203,7 +213,7 @@ def _grid(
     grid = np.full((len(kinds), len(layers)), np.nan)
     for place, values in cells.items():
         grid[place] = np.mean(values)
-    return grid, kinds, ["none" if n is None else str(n) for n in layers]
+    return grid, kinds, ["outside" if n is None else str(n) for n in layers]
 
 
 def _draw_map(
@@ -290,7 +300,7 @@ def _adapters(figure: Figure, figures: ComparisonFigures) -> None:
     left.set_xticks(range(len(kinds)), [_short(k, 18) for k in kinds], rotation=35, ha="right")
     left.set(ylabel="‖ΔW‖", title="by module type")
     right.set(xlabel="layer", ylabel="‖ΔW‖", title="by layer")
-    right.set_ylim(bottom=0)
+    _from_zero(right)
     _whole_numbers(right, [int(g.name) for a in figures.adapters for g in a.layers
                            if g.name.isdigit()])  # fmt: skip
     handles, labels = left.get_legend_handles_labels()

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -230,10 +230,36 @@ def pytest_benchmark_update_machine_info(
     described = session.described if session is not None else {}
     if not described:
         return
-    machine_info["gpu"] = described["fingerprint"].get("device")
-    machine_info["driver"] = described["software"].get("driver")
-    machine_info["cuda"] = described["software"].get("cuda")
-    machine_info["versions"] = described["software"]
+    machine_info |= _machine(described["fingerprint"], described["software"])
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> None:
+    """What is compared with is read before anything is measured: without a word of ours on this
+    side, the machine that a stored session describes would always seem to be another."""
+    if "versions" not in compared_benchmark["machine_info"] or "versions" in machine_info:
+        return
+    import torch
+
+    from harness.bench.device import fingerprint, software
+
+    asked = config.stash[SETTING].values["device"]
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if device == "auto" else str(device)
+    with contextlib.suppress(RuntimeError, AssertionError):  # no such device: loading says so
+        machine_info |= _machine(fingerprint(device), software(device))
+
+
+def _machine(fingerprint: Mapping[str, Any], software: Mapping[str, Any]) -> dict[str, Any]:
+    """What pytest-benchmark is told of the machine."""
+    return {
+        "gpu": fingerprint.get("device"),
+        "driver": software.get("driver"),
+        "cuda": software.get("cuda"),
+        "versions": dict(software),
+    }
 
 
 @pytest.hookimpl(optionalhook=True)

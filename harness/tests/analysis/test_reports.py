@@ -141,6 +141,28 @@ def test_layers_and_directions_are_whole_numbers_also_where_there_is_one(tmp_pat
                 axes.get_xlabel() else 0]  # fmt: skip
 
 
+def test_equal_sizes_lie_below_the_upper_edge_and_an_empty_panel_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import torch
+
+    from harness.analysis import plots
+    from harness.analysis.running import analyze, compare
+
+    a, b = torch.ones(2, 8), torch.ones(8, 2)
+    tensors = {f"model.layers.{n}.mlp.up_proj.lora_{side}": value.clone()
+               for n in range(2) for side, value in (("A", a), ("B", b))}  # fmt: skip
+    folder = write_adapter(tmp_path / "a", tensors)
+    two = compare([folder, folder], names=["x", "y"])
+    panels = [_drawn(plots._layers, analyze(folder)).axes[0], _drawn(plots._adapters, two).axes[1]]
+    for axes in panels:
+        highest = max(max(line.get_ydata()) for line in axes.lines)
+        assert axes.get_ylim()[0] == 0
+        assert highest * 1.04 < axes.get_ylim()[1]
+    head = write_adapter(tmp_path / "b", {"lm_head.lora_A": a, "lm_head.lora_B": b})
+    empty = _drawn(plots._layers, analyze(head))
+    assert [axes.texts[0].get_text() for axes in empty.axes] == ["no module lies in a layer"] * 2
+
+
 @pytest.mark.parametrize("count", [2, 5, 8])
 def test_the_numbers_of_an_overlap_matrix_stay_in_their_cells(tmp_path: Path, count: int) -> None:
     pytest.importorskip("matplotlib")

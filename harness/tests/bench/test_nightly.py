@@ -37,6 +37,27 @@ def test_the_suite_measures_a_random_shape_and_its_file_is_read(pytester, tiny_s
     assert machine["versions"]["torch"]
 
 
+@pytest.mark.slow
+def test_a_stored_session_of_this_machine_is_not_taken_for_anothers(pytester, tiny_shape):
+    words = [
+        str(ROOT / "suites"), "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-q",
+        f"--base-model=random:{tiny_shape}", "--device=cpu", "--batch-sizes=1", "--modes=base",
+        "--input-tokens=4", "--output-tokens=2", "-m", "latency and not gpu",
+        f"--benchmark-storage={pytester.path / 'stored'}",
+    ]  # fmt: skip
+    pytester.runpytest_subprocess(*words, "--benchmark-save=first").assert_outcomes(passed=1)
+    (saved,) = pytester.path.glob("stored/*/*.json")
+    again = pytester.runpytest_subprocess(*words, "--benchmark-compare")
+    again.assert_outcomes(passed=1)
+    assert "machine_info is different" not in again.stdout.str() + again.stderr.str()
+    again.stdout.fnmatch_lines(["*base-b1-i4-o2*first*"])
+    document = json.loads(saved.read_text())
+    document["machine_info"]["versions"]["torch"] = "another"
+    saved.write_text(json.dumps(document))
+    other = pytester.runpytest_subprocess(*words, "--benchmark-compare")
+    assert "machine_info is different" in other.stdout.str() + other.stderr.str()
+
+
 @pytest.fixture
 def github(tmp_path):
     """A `gh` that writes down what it is asked; `.open` is the number of an open issue."""
