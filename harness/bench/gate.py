@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _TRIM = 0.2  # of each end: a neighbour's burst is no change
+_BLIND = math.log(2)  # a noise floor that hides a doubling tells nothing of what looks slower
 #: The share of nights with a false alarm that is allowed, over the whole table.
 FAMILY = 0.01
 
@@ -84,7 +85,8 @@ class Change:
             99 % (bootstrap, BCa), None where it was not asked for.
         p: of the rank test (Wilcoxon's on pairs, Mann and Whitney's otherwise), two-sided;
             *p_adjusted* over the table.
-        outcome: `held`, `failed`, or `undecided` where so few rounds could never decide.
+        outcome: `held`, `failed`, or `undecided` where so few rounds could never decide, or where
+            what looks twice as slow, or worse, is hidden by the noise floor.
         better: the same conditions hold for a change in the other direction.
     """
 
@@ -249,6 +251,13 @@ def judge_changes(
         apart = low is not None and high is not None and not low <= 1 <= high
         hopeless = _least_p(samples) * (1 if samples.paired else len(table)) > FAMILY
         outcome, why = _outcome(samples, middle, thresholds, large=large, sure=sure, apart=apart)
+        slower = sure and middle > max(_BLIND, math.log1p(thresholds.relative))
+        if slower and middle <= samples.floor:
+            outcome = Outcome.UNDECIDED
+            why = (
+                f"{math.expm1(middle):.0%} slower by the rank test, on a machine whose noise floor "
+                f"is {math.expm1(samples.floor):.0%}: measure again while it does nothing else",
+            )
         if hopeless:
             outcome = Outcome.UNDECIDED
             why = (

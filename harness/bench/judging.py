@@ -137,7 +137,7 @@ def as_verdicts(changes: Sequence[Change], suspects: Mapping[str, str]) -> list[
                 remedy={
                     Outcome.FAILED: "look at what changed between those commits, or accept the "
                     "new speed: start a new history",
-                    Outcome.UNDECIDED: "raise --rounds",
+                    Outcome.UNDECIDED: "raise --rounds, or measure while nothing else runs",
                 }.get(change.outcome),
             )
         )

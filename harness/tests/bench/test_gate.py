@@ -118,6 +118,19 @@ def test_what_launches_show_against_each_other_is_the_floor(results_of, cell_of)
     assert overall(drifting) is Outcome.FAILED
 
 
+def test_a_doubling_that_the_noise_floor_hides_is_undecided(results_of, cell_of):
+    def night(scale, moment):
+        cell = cell_of("base-b1-i16-o4", rounds=[0.1 * scale * n for n in NOISE])
+        return results_of(cell, moment=moment, verdict="held")
+
+    wild = [night(scale, f"2026-01-0{n}") for n, scale in enumerate((1, 3, 0.6, 4, 1, 2.5), 1)]
+    verdicts, changes = judge_history(wild, night(15, "2026-01-09"))
+    assert {change.outcome for change in changes} == {Outcome.UNDECIDED}
+    assert any("on a machine whose noise floor is" in line for line in verdicts[0].evidence)
+    # What does not look slower is no reason to measure again.
+    assert overall(judge_history(wild, night(1.5, "2026-01-09"))[0]) is Outcome.HELD
+
+
 def test_few_launches_or_nights_do_not_know_what_processes_differ_by(results_of, cell_of):
     def one(scale):
         return results_of(cell_of("base-b1-i16-o4", rounds=[0.1 * scale * n for n in NOISE]))
