@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from harness.analysis.comparison import AdapterPair, ComparisonFigures
 from harness.analysis.figures import AdapterFigures
 from harness.analysis.findings import listed
+from harness.analysis.maps import draw_map, gridded, kinds_of, map_size, short
 from harness.analysis.modules import ModuleFigures
-from harness.analysis.overlap import PairFigures
 from harness.display.drawing import (
     COLOURS,
     GREY,
@@ -30,12 +30,10 @@ from harness.display.drawing import (
     Figure,
     Plot,
     drawn,
-    plain,
 )
 
 __all__ = ["draw_analysis", "draw_comparison"]
 
-_ANNOTATED = 80  # cells, at most, that carry their number
 _MOST_PAIRS = 6
 
 
@@ -53,7 +51,7 @@ def draw_analysis(figures: AdapterFigures) -> tuple[Plot, ...]:
               "rank with the rank that was trained.", lambda f: _layers(f, figures), (11, 4)),
         drawn("heat-map", f"Where {name} changes the model", "Root mean square entry of ΔW by "
               "layer and module type, on a logarithmic scale; grey: not adapted, or zero.",
-              lambda f: _heat_map(f, figures), _map_size(figures.modules)),
+              lambda f: _heat_map(f, figures), map_size(figures.modules)),
         drawn("spectra", f"Spectra of {name}", "Singular values of ΔW relative to the largest: "
               "the median over the layers, with their range shaded.",
               lambda f: _spectra(f, figures), (8, 4.4)),
@@ -91,16 +89,11 @@ def _pair_plots(pair: AdapterPair, suffix: str) -> list[Plot]:
     return [
         drawn(f"cosine-map{suffix}", f"{title}: cosine of ΔW", "By layer and module type; by "
               "chance it would be within a few 1/√(out·in). Grey: not shared.",
-              lambda f: _cosine_map(f, pair), _map_size(pair.modules)),
+              lambda f: _cosine_map(f, pair), map_size(pair.modules)),
         drawn(f"interference{suffix}", f"{title}: overlap and interference by layer",
               "Solid: measured. Dotted: what random directions would give.",
               lambda f: _interference(f, pair), (11, 4)),
     ]  # fmt: skip
-
-
-def _short(name: str, width: int = 28) -> str:
-    name = plain(name)
-    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-width // 2 :]}"
 
 
 def _sampled(figures: AdapterFigures) -> str:
@@ -158,19 +151,15 @@ def _log_histogram(figure: Figure, figures: AdapterFigures) -> None:
     axes.legend()
 
 
-def _kinds_of(modules: Sequence[ModuleFigures] | Sequence[PairFigures]) -> list[str]:
-    return list(dict.fromkeys(m.kind for m in modules))
-
-
 def _layers(figure: Figure, figures: AdapterFigures) -> None:
     left, right = figure.subplots(1, 2)
     inside = [m for m in figures.modules if m.layer is not None]
-    for number, kind in enumerate(_kinds_of(inside)):
+    for number, kind in enumerate(kinds_of(inside)):
         totals: dict[int, float] = {}
         for m in inside:
             if m.kind == kind and m.layer is not None:
                 totals[m.layer] = math.hypot(totals.get(m.layer, 0.0), m.norm_delta)
-        left.plot(*zip(*sorted(totals.items()), strict=True), label=_short(kind),
+        left.plot(*zip(*sorted(totals.items()), strict=True), label=short(kind),
                   color=COLOURS[number % 8], linestyle=STYLES[number % 8],
                   marker="o" if len(totals) < 3 else None)  # fmt: skip
     if inside:
@@ -194,63 +183,18 @@ def _layers(figure: Figure, figures: AdapterFigures) -> None:
         _whole_numbers(axes, layers)
 
 
-def _map_size(
-    modules: Sequence[ModuleFigures] | Sequence[PairFigures],
-) -> tuple[float, float]:
-    columns = len({m.layer for m in modules})
-    return min(14.0, 7 + 0.2 * columns), 1.8 + 0.36 * len(_kinds_of(modules))
-
-
-def _grid(
-    modules: Sequence[Any], value: Callable[[Any], float]
-) -> tuple[Any, list[str], list[str]]:
-    """Kinds × layers; NaN where there is no module; the mean where there are several."""
-    kinds = _kinds_of(modules)
-    layers = sorted({m.layer for m in modules}, key=lambda n: (n is None, n or 0))
-    cells: dict[tuple[int, int], list[float]] = {}
-    for m in modules:
-        cells.setdefault((kinds.index(m.kind), layers.index(m.layer)), []).append(value(m))
-    grid = np.full((len(kinds), len(layers)), np.nan)
-    for place, values in cells.items():
-        grid[place] = np.mean(values)
-    return grid, kinds, ["outside" if n is None else str(n) for n in layers]
-
-
-def _draw_map(
-    figure: Figure, grid: Any, kinds: list[str], layers: list[str], label: str, norm: Normalize,
-    cmap: Any,
-) -> None:  # fmt: skip
-    axes = figure.subplots()
-    colours = (mpl.colormaps[cmap] if isinstance(cmap, str) else cmap).with_extremes(bad=MISSING)
-    image = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=colours, norm=norm)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    step = max(1, math.ceil(len(layers) / 24))
-    axes.set_xticks(range(0, len(layers), step), layers[::step])
-    axes.set_yticks(range(len(kinds)), [_short(kind) for kind in kinds])
-    axes.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label=label, pad=0.01)
-    if grid.size <= _ANNOTATED:
-        for (row, column), value in np.ndenumerate(grid):
-            if np.isfinite(value):
-                r, g, b, _ = colours(norm(value))
-                dark = 0.299 * r + 0.587 * g + 0.114 * b < 0.5
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8,
-                          color="white" if dark else "black")  # fmt: skip
-
-
 def _heat_map(figure: Figure, figures: AdapterFigures) -> None:
-    grid, kinds, layers = _grid(figures.modules, lambda m: m.rms if m.rms > 0 else math.nan)
+    grid, kinds, layers = gridded(figures.modules, lambda m: m.rms if m.rms > 0 else math.nan)
     sizes = grid[np.isfinite(grid)]
     low, high = (sizes.min(), sizes.max()) if len(sizes) else (0.1, 1.0)
     norm = LogNorm(low * 0.98, high * 1.02)
-    _draw_map(figure, grid, kinds, layers, "rms of ΔW", norm, "cividis")
+    draw_map(figure, grid, kinds, layers, "rms of ΔW", norm, "cividis")
 
 
 def _cosine_map(figure: Figure, pair: AdapterPair) -> None:
-    grid, kinds, layers = _grid(pair.modules, lambda m: m.cosine)
+    grid, kinds, layers = gridded(pair.modules, lambda m: m.cosine)
     reach = max(0.01, float(np.nanmax(np.abs(grid))))
-    _draw_map(figure, grid, kinds, layers, "cosine", Normalize(-reach, reach), SIGNED)
+    draw_map(figure, grid, kinds, layers, "cosine", Normalize(-reach, reach), SIGNED)
 
 
 def _relative_spectra(modules: Sequence[ModuleFigures]) -> Any:
@@ -265,7 +209,7 @@ def _relative_spectra(modules: Sequence[ModuleFigures]) -> Any:
 def _spectra(figure: Figure, figures: AdapterFigures) -> None:
     axes = figure.subplots()
     lowest = 1.0
-    for number, kind in enumerate(_kinds_of(figures.modules)):
+    for number, kind in enumerate(kinds_of(figures.modules)):
         table = _relative_spectra([m for m in figures.modules if m.kind == kind])
         if not table.size:
             continue
@@ -273,7 +217,7 @@ def _spectra(figure: Figure, figures: AdapterFigures) -> None:
         middle = np.nanmedian(table, axis=0)
         lowest = min(lowest, float(middle.min()))
         colour = COLOURS[number % 8]
-        axes.plot(places, middle, color=colour, linestyle=STYLES[number % 8], label=_short(kind),
+        axes.plot(places, middle, color=colour, linestyle=STYLES[number % 8], label=short(kind),
                   marker="o" if len(places) < 12 else None, markersize=3)  # fmt: skip
         axes.fill_between(places, np.nanmin(table, axis=0), np.nanmax(table, axis=0),
                           color=colour, alpha=0.07, linewidth=0)  # fmt: skip
@@ -289,7 +233,7 @@ def _adapters(figure: Figure, figures: ComparisonFigures) -> None:
     kinds = list(dict.fromkeys(g.name for a in figures.adapters for g in a.kinds))
     width = 0.8 / len(figures.adapters)
     for number, adapter in enumerate(figures.adapters):
-        look = {"color": COLOURS[number % 8], "label": _short(adapter.name)}
+        look = {"color": COLOURS[number % 8], "label": short(adapter.name)}
         norms = {group.name: group.norm_delta for group in adapter.kinds}
         places = np.arange(len(kinds)) + (number - (len(figures.adapters) - 1) / 2) * width
         left.bar(places, [norms.get(kind, 0.0) for kind in kinds], width * 0.94, **look)
@@ -297,7 +241,7 @@ def _adapters(figure: Figure, figures: ComparisonFigures) -> None:
         if layers:
             right.plot(*zip(*sorted(layers), strict=True), linestyle=STYLES[number % 8], **look,
                        marker="o" if len(layers) < 12 else None, markersize=4)  # fmt: skip
-    left.set_xticks(range(len(kinds)), [_short(k, 18) for k in kinds], rotation=35, ha="right")
+    left.set_xticks(range(len(kinds)), [short(k, 18) for k in kinds], rotation=35, ha="right")
     left.set(ylabel="‖ΔW‖", title="by module type")
     right.set(xlabel="layer", ylabel="‖ΔW‖", title="by layer")
     _from_zero(right)
@@ -313,7 +257,7 @@ def _distributions(figure: Figure, figures: ComparisonFigures) -> None:
     for number, adapter in enumerate(figures.adapters):
         shares = adapter.counts["delta"].magnitude_histogram(edges)
         axes.stairs(shares, edges, color=COLOURS[number % 8], linestyle=STYLES[number % 8],
-                    linewidth=1.8, label=_short(adapter.name))  # fmt: skip
+                    linewidth=1.8, label=short(adapter.name))  # fmt: skip
     axes.set(xscale="log", xlabel="|ΔW|", ylabel="share of entries a step")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.legend(loc="upper left")
@@ -328,7 +272,7 @@ def _compared_spectra(figure: Figure, figures: ComparisonFigures) -> None:
             continue
         look: dict[str, Any] = {
             "color": COLOURS[number % 8], "linestyle": STYLES[number % 8],
-            "label": _short(adapter.name), "marker": "o" if few else None,
+            "label": short(adapter.name), "marker": "o" if few else None,
             "markersize": 4,
         }  # fmt: skip
         places = np.arange(1, table.shape[1] + 1)
@@ -348,7 +292,7 @@ def _compared_spectra(figure: Figure, figures: ComparisonFigures) -> None:
 
 def _overlap_matrix(figure: Figure, figures: ComparisonFigures) -> None:
     names = list(figures.names)
-    labels = [_short(name, 20) for name in names]
+    labels = [short(name, 20) for name in names]
     panels: tuple[tuple[str, str], ...] = (
         ("cosine", "cosine"), ("column_overlap", "output overlap"), ("row_overlap", "input overlap")
     )  # fmt: skip
@@ -394,7 +338,7 @@ def _strategies(figure: Figure, figures: ComparisonFigures) -> None:
     for number, name in enumerate(figures.names):
         shift = ((len(figures.names) - 1) / 2 - number) * height
         right.barh(places + shift, [s.retained[name] or 0.0 for s in known], height * 0.92,
-                   color=COLOURS[number % 8], label=_short(name))  # fmt: skip
+                   color=COLOURS[number % 8], label=short(name))  # fmt: skip
     right.axvline(1, color="black", linewidth=0.8)
     right.xaxis.set_major_formatter(PercentFormatter(1))
     right.set(title="energy retained of each adapter")

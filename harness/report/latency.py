@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.bench.cells import METRICS, CellResult
+from harness.bench.cells import METRICS
 from harness.bench.gate import Change
 from harness.bench.overhead import OverheadRow, decoding_rows, overhead_rows
 from harness.bench.results import Results, as_benchmark_json
@@ -21,6 +21,7 @@ from harness.display.markdown import inline, table
 from harness.display.page import cell as show
 from harness.display.page import image_uri, render
 from harness.files.staging import staged_folder
+from harness.report.nights import NIGHTS, TITLES, night_rows
 from harness.verdict import Outcome, Verdict, overall
 
 __all__ = [
@@ -28,18 +29,13 @@ __all__ = [
     "as_json",
     "as_markdown",
     "cell_rows",
-    "history_rows",
     "label",
     "markers",
-    "sparkline",
     "write_latency",
 ]
 
 _TEMPLATE = Path(__file__).parent / "templates" / "latency.html.jinja"
-_BARS = "▁▂▃▄▅▆▇█"
-_NIGHTS = 30
 _UNBOUNDED = 5.0  # a log ratio: a factor of 150
-_TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +73,7 @@ class LatencyReport:
         words = f"{passed} of {len(self.verdicts)} verdicts passed."
         floors = [
             f"{floor:.0%} ({title})" if math.isfinite(floor) else f"any ({title})"
-            for metric, title in _TITLES.items()
+            for metric, title in TITLES.items()
             for floor in [_floor(self.changes, metric)]
             if floor is not None
         ]
@@ -153,44 +149,6 @@ def _median(values: Sequence[float], scale: float) -> float | None:
     return sorted(values)[len(values) // 2] * scale if values else None
 
 
-def sparkline(values: Sequence[float]) -> str:
-    """One character a value, low to high between the least and the greatest; NaN is a gap."""
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
-        return ""
-    low, high = min(known), max(known)
-    # Within 2 % everything is the middle: noise is not to look like mountains.
-    span = max(high - low, 0.02 * high) or 1.0
-    low = (low + high - span) / 2
-    return "".join(
-        _BARS[min(7, int((value - low) / span * 8))] if math.isfinite(value) else " "
-        for value in values
-    )
-
-
-def history_rows(report: LatencyReport) -> list[dict[str, Any]]:
-    """Each figure over the last nights and now: medians in ms, and a sparkline."""
-    nights = [*report.history[-_NIGHTS + 1 :], report.results]
-    rows = []
-    for key in report.results.cells:
-        for metric in METRICS[:2]:
-            values = [_night(night, key, metric) for night in nights]
-            rows.append(
-                {
-                    "cell": key,
-                    "metric": _TITLES[metric],
-                    "sparkline": sparkline(values),
-                    "values_ms": [None if math.isnan(v) else v * 1e3 for v in values],
-                }
-            )
-    return rows
-
-
-def _night(night: Results, key: str, metric: str) -> float:
-    cell: CellResult | None = night.cells.get(key)
-    return cell.median(metric) if cell is not None and cell.rounds[metric] else math.nan
-
-
 def as_json(report: LatencyReport) -> dict[str, Any]:
     """The verdict and checks, then all that pytest-benchmark's own files have."""
     return {
@@ -201,7 +159,7 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
         "overhead": [row.as_json() for row in overhead_rows(report.results)],
         "decoding": [row.as_json() for row in decoding_rows(report.results)],
         "changes": [change.as_json() for change in report.changes],
-        "nights": history_rows(report) if report.history else [],
+        "nights": night_rows(report.history, report.results) if report.history else [],
         **as_benchmark_json(report.results),
     }
 
@@ -300,10 +258,10 @@ def as_markdown(report: LatencyReport) -> str:
     if decoding:
         lines += ["", "## What another way of decoding brings", "", _overhead_table(decoding)]
     if report.history:
-        lines += ["", f"## The last {min(_NIGHTS, len(report.history) + 1)} nights", "",
+        lines += ["", f"## The last {min(NIGHTS, len(report.history) + 1)} nights", "",
                   table(["cell", "figure", "nights", "now ms"], [
                       [row["cell"], row["metric"], row["sparkline"], show(row["values_ms"][-1])]
-                      for row in history_rows(report)
+                      for row in night_rows(report.history, report.results)
                   ])]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -358,7 +316,7 @@ def _tables(report: LatencyReport) -> list[dict[str, Any]]:
                 "head": ["cell", "figure", "nights", "now ms"],
                 "rows": [
                     [row["cell"], row["metric"], row["sparkline"], row["values_ms"][-1]]
-                    for row in history_rows(report)
+                    for row in night_rows(report.history, report.results)
                 ],
             }
         )

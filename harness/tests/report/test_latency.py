@@ -13,9 +13,9 @@ from harness.report.latency import (
     as_markdown,
     cell_rows,
     markers,
-    sparkline,
     write_latency,
 )
+from harness.report.nights import sparkline
 from harness.tests.bench.conftest import cell_of, results_of  # noqa: F401  (fixtures)
 from harness.verdict import Outcome
 
