@@ -320,7 +320,7 @@ def vocabulary_finding(ending: EndingFiles, checkpoint: CheckpointFiles) -> Find
             remedy="use the tokenizer that belongs to these weights, or resize the embeddings",
         )
     else:
-        verdict = _held(VOCABULARY, "; ".join(notes) or f"{ending.vocabulary} rows")
+        verdict = _held(VOCABULARY, "; ".join(dict.fromkeys(notes)) or f"{ending.vocabulary} rows")
     return Finding(kind=CauseKind.VOCABULARY, verdict=verdict)
 
 
