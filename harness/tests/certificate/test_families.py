@@ -216,3 +216,14 @@ def test_what_is_no_stack_or_prompt_is_bad_input(subject):
     assert subject.certify(end_to_end=False).figures["prompt_tokens"] == len(subject.prompts)
     subject.prompts = (subject.prompts,)
     assert subject.certify(end_to_end=False).figures["prompt_tokens"] == len(subject.prompts[0])
+
+
+def test_model_that_is_offloaded_is_undecided_and_runs(subject):
+    import torch
+    from accelerate import cpu_offload
+
+    cpu_offload(subject.bare, execution_device=torch.device("cpu"))
+    certificate = subject.certify()
+    for name in ("adapters in memory", WEIGHTS):
+        assert certificate.check(name).outcome == "undecided", certificate.explain()
+    assert certificate.verdict == "undecided", certificate.explain()
