@@ -179,12 +179,13 @@ def _factors(pair: LoraPair, device: torch.device) -> tuple[Tensor, Tensor]:
 def _path(layer: LiveLayer, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """`BAx` of every row; *a* and *b* one pair for all rows, or one for each."""
     if layer.kind != "embedding":
-        inner = x.float() @ a.mT
-    elif a.ndim == 2:
+        return (x.float() @ a.mT) @ b.mT
+    if a.ndim == 2:
         inner = a.T[x]
     else:
         inner = torch.stack([table.T[ids] for table, ids in zip(a, x, strict=True)])
-    return inner @ b.mT
+    scale = getattr(layer.inner, "embed_scale", None)
+    return inner @ b.mT if scale is None else (inner @ b.mT) * scale
 
 
 def _nulls(pair: LoraPair, factors: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:

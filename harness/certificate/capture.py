@@ -130,7 +130,8 @@ def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     Positions count from the first visible token, as `generate` counts them, where the model's
     forward takes them (others derive them from the mask).
     """
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    here = (p.device for p in model.parameters() if p.device.type != "meta")
+    device = next(here, torch.device("cpu"))  # all of it is offloaded
     options: dict[str, Any] = {}
     if not bool(mask.all()) and "position_ids" in _parameters(bare_model(model)):
         options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(device)

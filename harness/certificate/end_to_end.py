@@ -72,7 +72,8 @@ def check_end_to_end(
     padded = _padding(logits[_BEGUN], seen, number, figures)
     if not claim.mode.adapters:
         return [agreement, padded], figures
-    effect, more = _effects(claim, logits, figures["noise"], seen.logits.dtype)
+    floor = _floor(seen.logits.dtype, figures["logits_spread"])
+    effect, more = _effects(claim, logits, figures["noise"], floor, seen.logits.dtype)
     return [agreement, effect, padded], figures | more
 
 
@@ -97,6 +98,11 @@ def _draws(adapters: int) -> int:
     return max(3, _NULLS // adapters)
 
 
+def _floor(dtype: torch.dtype, spread: float) -> float:
+    """What the logits round, whatever was measured."""
+    return _FLOOR * torch.finfo(dtype).eps * spread
+
+
 def _rms(difference: Tensor) -> float:
     value = float(difference.double().square().mean().sqrt())
     return value if math.isfinite(value) else math.inf
@@ -106,7 +112,7 @@ def _agreement(
     live: Tensor, flattened: Tensor, merged: Tensor, dtype: torch.dtype
 ) -> tuple[Verdict, dict[str, Any]]:
     spread = float(flattened.std())
-    floor = _FLOOR * torch.finfo(dtype).eps * spread
+    floor = _floor(dtype, spread)
     between = _rms(flattened - merged)
     noise = max(between, floor)
     away = _rms(live.to(flattened.device) - flattened)
@@ -160,12 +166,17 @@ def _padding(alone: Tensor, seen: Capture, number: int, figures: Mapping[str, An
 
 
 def _effects(
-    claim: Claim, logits: Mapping[str, Tensor], noise: float, dtype: torch.dtype
+    claim: Claim,
+    logits: Mapping[str, Tensor],
+    noise: float,
+    floor: float,
+    dtype: torch.dtype,
 ) -> tuple[Verdict, dict[str, Any]]:
     lines: list[str] = []
     figures: dict[str, Any] = {"effects": {}}
     silent: list[str] = []
     hidden: list[str] = []
+    idle: list[str] = []
     without = {name: logits[_without(name, claim)] for name in claim.mode.adapters}
     draws = range(_draws(len(without)))
     nulls = {
@@ -187,6 +198,9 @@ def _effects(
             for pair in (claim.files[name].pair(m) for m in claim.files[name].pairs)
         ):
             silent.append(f"{name}: every B·A is zero: it was never trained, or saved too early")
+        elif effect <= floor and torch.finfo(dtype).eps < _COARSE:
+            # In bfloat16 a small adapter that works can hide in the rounding; here it cannot.
+            idle.append(f"{name}: its effect is within rounding ({floor:.3g})")
         elif effect <= noise:
             hidden.append(f"{name}: its effect is within rounding ({noise:.3g})")
     if len(claim.mode.adapters) > 1:
@@ -202,10 +216,9 @@ def _effects(
         )
     if silent:
         return failed(EFFECT, *silent, *lines, remedy="save the trained adapter again"), figures
-    # In bfloat16 a small adapter that works can hide in the rounding; in float32 it cannot.
-    if hidden and torch.finfo(dtype).eps < _COARSE:
+    if idle:
         remedy = "check the adapter's training, its scale and its weight"
-        return failed(EFFECT, *hidden, *lines, remedy=remedy), figures
+        return failed(EFFECT, *idle, *lines, remedy=remedy), figures
     outcome = Outcome.TIE if hidden else Outcome.HELD
     return Verdict(name=EFFECT, outcome=outcome, evidence=(*hidden, *lines)), figures
 

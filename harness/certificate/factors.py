@@ -28,6 +28,7 @@ ADAPTERS = "adapters in memory"
 _EXACT = 1e-12  # relative to the product: what float64 itself rounds
 _FLATTENED = 64  # eps of the factors' dtype, for adapters that were concatenated and rescaled
 _DIRECTIONS = 16
+_AWAY = "adapters are offloaded and not here to be compared"
 
 Others = Callable[[str, LoraPair], Iterable[tuple[str, LoraPair]]]
 
@@ -107,6 +108,13 @@ def check_factors(
             remedy="load the stack again: harness.load_engine(stack), or PeftModel.from_pretrained "
             "and model.base_model.set_adapter([...]) with every adapter's name",
         )
+    if _AWAY in notes:
+        return Verdict(
+            name=ADAPTERS,
+            outcome=Outcome.UNDECIDED,
+            evidence=(_AWAY,),
+            remedy="load the model without offloading (more memory, or --device cpu) and certify",
+        )
     called = [f"{name} is called {alias!r} in memory" for name, alias in names.items()
               if name != alias]  # fmt: skip
     return held(ADAPTERS, f"{compared} pairs equal their files", *called, *sorted(notes))
@@ -123,6 +131,9 @@ def _layer_fault(
     for part in layer.applied:
         if part.extra is not None:
             return f"adapter {part.name} is more than s·B·A: {part.extra}"
+        if "meta" in (part.a.device.type, part.b.device.type):
+            notes.add(_AWAY)
+            return None
         sums = [float(factor.sum(dtype=torch.float64)) for factor in (part.a, part.b)]
         if not all(map(math.isfinite, sums)):
             return f"adapter {part.name} holds NaN or infinity"

@@ -119,7 +119,10 @@ def _outputs(
     if layer.bias is not None:
         reference = reference + layer.bias.to(device, torch.float64)[: reference.shape[1]]
     rows = reference.shape[1]
-    y = probe.y[:, :rows].to(device, torch.float64)
+    # Gemma scales inside the embedding, what adapters add included; the factor is a buffer.
+    scaled = getattr(layer.inner, "embed_scale", None) if layer.kind == "embedding" else None
+    factor = 1.0 if scaled is None else float(scaled.to(layer.weight.dtype))
+    y = probe.y[:, :rows].to(device, torch.float64) / factor
     responses = {name: respond(pair, x) for name, pair in pairs.items()}
     claimed = sum((weights[n] * responses[n] for n in pairs), torch.zeros_like(reference))
     error = y - reference - claimed
@@ -136,7 +139,7 @@ def _outputs(
     unit = eps * max(size, 1e-300)
     base_error = None
     if probe.base_y is not None and weight.equal:
-        base_error = probe.base_y[:, :rows].to(device, torch.float64) - reference
+        base_error = probe.base_y[:, :rows].to(device, torch.float64) / factor - reference
     out, row = _rms(error) / unit, _worst(error) / unit
     own = 0.3 if base_error is None else max(_rms(base_error) / unit, 0.05)
     found = fit(y - reference, responses, own * unit)

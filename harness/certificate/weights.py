@@ -212,9 +212,6 @@ def scan_embedding(
     reference = None
     if x is not None:
         reference = stored[x.cpu()].to(live.dtype).to(device, torch.float64)
-        factor = getattr(layer.inner, "embed_scale", None)  # Gemma scales inside the embedding
-        if factor is not None:
-            reference = reference * float(factor)
     if not merged:
         return Scan(weight=equal, reference=reference)
     table = torch.arange(live.shape[0])

@@ -120,7 +120,7 @@ class LiveModel:
     """A live model, read.
 
     Attributes:
-        root: what the user gave; `bare` is the transformers model inside.
+        root: what the user gave, not compiled; `bare` is the transformers model inside.
         layers: every linear and embedding layer by its name in the base.
         tensors: the base's parameters by name in the base; a tied parameter under both names.
         hooked: modules whose forward pass somebody else's hook or patch can change.
@@ -176,6 +176,9 @@ def read_live(model: Any) -> LiveModel:
             where="model",
             remedy="pass the loaded model, e.g. engine.model",
         )
+    # What torch compiled computes the same, and calls no hook that is put in afterwards.
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
     bare = bare_model(model)
     if not isinstance(bare, nn.Module):
         raise InputError(f"{type(model).__name__} holds no torch model", where="model")

@@ -44,6 +44,7 @@ def as_json(report: StoppingReport) -> dict[str, Any]:
                 "interval": dataclasses.asdict(f.interval),
                 "stop_reasons": f.reasons,
                 "undecided": f.undecided,
+                "empty": f.empty,
                 "stop_tokens": f.stop_tokens,
                 "mean_tokens": f.mean_tokens,
                 "max_new_tokens": f.max_new_tokens,

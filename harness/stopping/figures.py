@@ -48,6 +48,7 @@ class Ending:
         overrun: tokens behind the natural end that a sign shows; 0 without one.
         counted: False where places were estimated, for want of a tokenizer.
         undecided: it was cut off before a place where an answer could end, so it says nothing.
+        empty: it stopped before it said anything: no answer that ended.
     """
 
     prompt: str
@@ -60,6 +61,7 @@ class Ending:
     loop_text: str
     counted: bool
     undecided: bool
+    empty: bool = False
 
     @property
     def stopped(self) -> bool:
@@ -118,6 +120,10 @@ class ModeFigures:
     @property
     def undecided(self) -> int:
         return sum(ending.undecided for ending in self.endings)
+
+    @property
+    def empty(self) -> int:
+        return sum(ending.empty for ending in self.endings)
 
     @property
     def loops(self) -> int:
@@ -209,6 +215,7 @@ def _ending(
         loop_text=decode(round_ids) if decode and loop else "",
         counted=decode is not None,
         undecided=cut and end is None and not ends_a_sentence(text),
+        empty=stopped and not text.strip(),
     )
 
 

@@ -65,7 +65,7 @@ def judge_endings(
     name = f"stopping: {figures.mode}"
     if not figures.total:
         return Verdict(name=name, outcome=Outcome.UNDECIDED, evidence=("no completion",))
-    low, high = _ends(figures)
+    low, high = _ends(figures, want)
     shown = rate_interval(figures.stopped, figures.total).shown
     evidence = [
         f"{figures.stopped} of {figures.total} stopped (95 % interval {shown}); "
@@ -76,6 +76,8 @@ def judge_endings(
             f"{figures.undecided} were cut off by max_new_tokens = {figures.max_new_tokens} "
             "before a place where an answer could end"
         )
+    if figures.empty and want.must_stop:
+        evidence.append(f"{figures.empty} stopped before they said anything: no answers that ended")
     refuted = _refutations(figures, want)
     if refuted or _fails(want, low, high):
         return Verdict(
@@ -97,7 +99,7 @@ def judge_endings(
             remedy="raise --max-new-tokens until answers end before it",
         )
     needed = prompts_needed(
-        figures.stopped / (figures.total - figures.undecided),
+        _answered(figures, want) / (figures.total - figures.undecided),
         min_rate=want.min_rate,
         max_rate=want.max_rate,
     )
@@ -150,11 +152,17 @@ def judge_samples(
     )
 
 
-def _ends(figures: ModeFigures) -> tuple[float, float]:
-    """The interval's ends with what was cut off counted against each."""
-    low: Interval = rate_interval(figures.stopped, figures.total)
-    high: Interval = rate_interval(figures.stopped + figures.undecided, figures.total)
+def _ends(figures: ModeFigures, want: Expectation) -> tuple[float, float]:
+    """The interval's ends with what was cut off counted against each; where answers must end, what
+    says nothing is none."""
+    answered = _answered(figures, want)
+    low: Interval = rate_interval(answered, figures.total)
+    high: Interval = rate_interval(answered + figures.undecided, figures.total)
     return low.low, high.high
+
+
+def _answered(figures: ModeFigures, want: Expectation) -> int:
+    return figures.stopped - (figures.empty if want.must_stop else 0)
 
 
 def _holds(want: Expectation, low: float, high: float) -> bool:
@@ -172,6 +180,8 @@ def _refutations(figures: ModeFigures, want: Expectation) -> list[str]:
     ran_on = sum(ending.ran_on for ending in figures.endings)
     if want.word == "always" and ran_on:
         lines.append(f"{ran_on} ran on past a place where an answer could end")
+    if want.word == "always" and figures.empty:
+        lines.append(f"{figures.empty} are empty")
     if want.word == "never" and figures.stopped:
         lines.append(f"{figures.stopped} ended with EOS")
     if want.max_overrun is not None and figures.longest_overrun > want.max_overrun:
@@ -199,12 +209,14 @@ def _offends(ending: Ending, want: Expectation) -> bool:
         return True
     if not want.loops and ending.loop:
         return True
-    if want.min_rate is not None and not ending.stopped:
+    if want.min_rate is not None and (ending.empty or not ending.stopped):
         return True
     return want.min_rate is None and want.max_rate is not None and ending.stopped
 
 
 def _did(ending: Ending) -> str:
+    if ending.empty:
+        return "ended with EOS and said nothing"
     how = "ended with EOS" if ending.stopped else f"ended by {ending.stop_reason}"
     line = f"{how} after {ending.tokens} tokens"
     if ending.loop:
@@ -218,6 +230,11 @@ def _did(ending: Ending) -> str:
 def _remedy(figures: ModeFigures, want: Expectation) -> str:
     if not want.loops and figures.loops:
         return "lora-stack stopping names the adapter that loops; look at its weight and training"
+    if want.must_stop and figures.empty > figures.total - figures.stopped:
+        return (
+            "an adapter raises EOS where answers begin: lower its weight (lora-stack stopping "
+            "--sweep), or look at what its training examples begin with"
+        )
     if want.must_stop:
         return (
             "lora-stack stopping says why: EOS ids, an adapter that suppresses EOS, or EOS that "

@@ -320,7 +320,7 @@ def vocabulary_finding(ending: EndingFiles, checkpoint: CheckpointFiles) -> Find
             remedy="use the tokenizer that belongs to these weights, or resize the embeddings",
         )
     else:
-        verdict = _held(VOCABULARY, "; ".join(notes) or f"{ending.vocabulary} rows")
+        verdict = _held(VOCABULARY, "; ".join(dict.fromkeys(notes)) or f"{ending.vocabulary} rows")
     return Finding(kind=CauseKind.VOCABULARY, verdict=verdict)
 
 
@@ -353,6 +353,8 @@ def merged_findings(
     ):
         if before != after:
             lines.append(f"{what} {after} in the merged copy, {before} in the base")
+    if _template(ending) != _template(copy) and ending.turn_end == copy.turn_end:
+        lines.append("the chat template is another than the base's")
     rows = merged_row_finding(ending, checkpoint, adapters, weights)
     if rows is not None:
         lines.append(rows)
@@ -367,7 +369,7 @@ def merged_findings(
         verdict = _held(COPY, "EOS ids, padding, template and EOS rows are the base's")
     overwritten = [
         Finding(kind=f.kind, verdict=_renamed(f.verdict, f"{COPY}: {f.verdict.name}"))
-        for f in head_findings(copy, weights)
+        for f in (*head_findings(copy, weights), _opening_finding(copy), _settings_finding(copy))
     ]
     lost = lost_head_finding(ending, checkpoint, weights)
     if lost is not None:
@@ -379,6 +381,10 @@ def _tokens(ending: EndingFiles, which: str) -> str | None:
     if ending.tokenizer is None:
         return None
     return ending.tokenizer.eos_token if which == "eos" else ending.tokenizer.pad_token
+
+
+def _template(ending: EndingFiles) -> str:
+    return ((ending.tokenizer.template if ending.tokenizer else None) or "").strip()
 
 
 def _renamed(verdict: Verdict, name: str) -> Verdict:

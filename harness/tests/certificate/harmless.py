@@ -158,6 +158,13 @@ def hook_that_only_looks(s):
 
 
 @harmless
+def compiled_by_torch(s):
+    import torch
+
+    s.model = torch.compile(s.model, backend="eager")
+
+
+@harmless
 def eager_attention(s):
     s.bare.set_attn_implementation("eager")
 

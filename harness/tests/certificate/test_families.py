@@ -16,7 +16,7 @@ FAMILIES = ("gpt2", "gptj", "gpt_neox", "bloom", "gemma3", "mistral")
 WEIGHTS, BUFFERS, HOOKS = "base weights", "buffers", "hooks and patches"
 
 
-def live_stack(folder, family, *, tie_said=True):
+def live_stack(folder, family, *, tie_said=True, targets="all-linear"):
     """A stack on a model of *family*: the live model with its one adapter, and the stack."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,14 +32,14 @@ def live_stack(folder, family, *, tie_said=True):
         assert config.pop("tie_word_embeddings")
         file.write_text(json.dumps(config))
     config = LoraConfig(
-        r=4, task_type="CAUSAL_LM", target_modules="all-linear", fan_in_fan_out=family == "gpt2"
+        r=4, task_type="CAUSAL_LM", target_modules=targets, fan_in_fan_out=family == "gpt2"
     )
     torch.manual_seed(0)
     wrapped = get_peft_model(base, config)
     for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding" in name:
             parameter.data.normal_(std=0.05)
-    wrapped.save_pretrained(folder / "style")
+    wrapped.save_pretrained(folder / "style", save_embedding_layers=False)
     loaded = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     model = PeftModel.from_pretrained(loaded, folder / "style", adapter_name="style").eval()
     return model, resolve_stack(base_model=folder / "base", adapters={"style": folder / "style"})
@@ -57,6 +57,26 @@ def test_sound_stack_of_a_family_is_certified(family, tmp_path):
     certificate = certify_stack(*live_stack(tmp_path, family))
     assert certificate.verdict == "held", certificate.explain()
     assert "not judged" not in "".join(certificate.check(BUFFERS).evidence)
+
+
+def test_adapter_of_an_embedding_that_scales_is_certified_live_and_caught_where_it_is_not(tmp_path):
+    import torch
+
+    from harness import certify_stack
+
+    model, stack = live_stack(tmp_path, "gemma3", targets=["embed_tokens", "q_proj"])
+    for dtype in (torch.float32, torch.bfloat16):
+        certificate = certify_stack(model.to(dtype), stack)
+        for name in (
+            "module outputs",
+            "live, flattened and merged logits",
+            "each adapter's effect",
+        ):
+            assert certificate.check(name).passed, certificate.explain()
+    layer = model.base_model.model.model.embed_tokens
+    layer.scaling["style"] *= 2
+    found = certify_stack(model.float(), stack, end_to_end=False).check("module outputs")
+    assert "the scale of adapter style is off by 2×" in "".join(found.evidence)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "bloom"])
@@ -196,3 +216,14 @@ def test_what_is_no_stack_or_prompt_is_bad_input(subject):
     assert subject.certify(end_to_end=False).figures["prompt_tokens"] == len(subject.prompts)
     subject.prompts = (subject.prompts,)
     assert subject.certify(end_to_end=False).figures["prompt_tokens"] == len(subject.prompts[0])
+
+
+def test_model_that_is_offloaded_is_undecided_and_runs(subject):
+    import torch
+    from accelerate import cpu_offload
+
+    cpu_offload(subject.bare, execution_device=torch.device("cpu"))
+    certificate = subject.certify()
+    for name in ("adapters in memory", WEIGHTS):
+        assert certificate.check(name).outcome == "undecided", certificate.explain()
+    assert certificate.verdict == "undecided", certificate.explain()

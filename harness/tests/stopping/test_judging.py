@@ -59,6 +59,25 @@ def test_declaration_is_judged_on_the_interval(expected, stopped, ran_on, cut_of
     assert verdict.passed == (outcome is Outcome.HELD)
 
 
+@pytest.mark.parametrize(
+    ("expected", "answers", "empty", "outcome"),
+    [
+        ("always", 80, 1, Outcome.FAILED),
+        ("always", 0, 80, Outcome.FAILED),
+        ({"min_rate": 0.5}, 40, 10, Outcome.HELD),
+        ({"min_rate": 0.5}, 10, 40, Outcome.FAILED),
+        ("never", 0, 80, Outcome.FAILED),  # it did stop
+        ({"max_rate": 0.5}, 0, 80, Outcome.FAILED),
+    ],
+)
+def test_completion_that_says_nothing_is_no_answer_that_ended(expected, answers, empty, outcome):
+    silent = [completion(n, tokens=(2,), text="") for n in range(empty)]
+    verdict = judge_stopping("m", expected, said(answers, 0) + silent)
+    assert verdict.outcome is outcome
+    if expected == "always":
+        assert "said nothing" in verdict.evidence[-1]
+
+
 def test_too_few_prompts_say_how_many_are_needed():
     verdict = judge_stopping("m", "always", said(8, 0))
     assert "8 prompts are too few to decide; 73 would, if the rest do likewise" in verdict.evidence

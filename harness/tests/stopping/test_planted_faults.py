@@ -135,6 +135,23 @@ def test_merged_copy_with_a_changed_eos(stack_copy, merged):
     assert "[637] in the merged copy, [637, 639] in the base" in cause.text
 
 
+def test_merged_copy_whose_template_or_settings_changed(stack_copy, merged):
+    template = merged / "chat_template.jinja"
+    sound = template.read_text()
+    template.write_text(sound.replace("assistant\\n", "assistant:\\n"))
+    (cause,) = static_kinds(stack_copy, merged)
+    assert (cause.kind, cause.text) == (
+        CauseKind.MERGED, "the chat template is another than the base's"
+    )  # fmt: skip
+    template.write_text(sound.replace("add_generation_prompt", "false"))
+    assert [c.kind for c in static_kinds(stack_copy, merged)] == [
+        CauseKind.MERGED, CauseKind.OPENING
+    ]  # fmt: skip
+    template.write_text(sound)
+    stack_copy.change("merged/generation_config.json", suppress_tokens=[639])
+    assert [c.kind for c in static_kinds(stack_copy, merged)] == [CauseKind.SETTINGS]
+
+
 def test_tied_head_that_reloading_overwrites(stack_copy, merged):
     from safetensors.torch import load_file, save_file
 
