@@ -8,14 +8,13 @@ switched, nothing is trusted: a LoRA layer is known by what it has (`base_layer`
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from harness.engines.patches import global_hooks, patched_code, patches
 from harness.errors import InputError
 
 __all__ = [
@@ -34,11 +33,6 @@ _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "EetqLinear",
               "AqlmQuantizedLinear", "QuantizedLinear", "FP8Linear")  # fmt: skip
-
-
-# What modelling code calls by name, and fast replacements put another function in place of.
-_FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv", "rotate_half")
-_WRAPPERS = ("torch", "transformers", "accelerate", "peft")  # packages that wrap methods
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +178,7 @@ def read_live(model: Any) -> LiveModel:
         raise InputError(f"{type(model).__name__} holds no torch model", where="model")
     _refuse_quantised(bare)
     around = list(_wrappers(model))
-    wrappers = [m for m in around if tuple(_patches(m))]
+    wrappers = [m for m in around if tuple(patches(m))]
     layers: dict[str, LiveLayer] = {}
     modules: dict[str, nn.Module] = {}
     hooked: dict[str, tuple[str, ...]] = {}
@@ -197,7 +191,7 @@ def read_live(model: Any) -> LiveModel:
     for name, module in bare.named_modules(remove_duplicate=False):
         if _within(name, inside_lora):
             continue
-        found = tuple(_patches(module))
+        found = tuple(patches(module))
         if found:
             hooked[name] = found
         canonical = _WRAPPED.sub("", name)
@@ -231,8 +225,8 @@ def read_live(model: Any) -> LiveModel:
         modules=modules,
         hooked=hooked,
         hooked_wrappers=tuple(wrappers),
-        hooked_everywhere=tuple(_global_hooks()),
-        patched=tuple(_patched_code(bare)),
+        hooked_everywhere=tuple(global_hooks()),
+        patched=tuple(patched_code(bare)),
         foreign=tuple(foreign),
         adapters=tuple(dict.fromkeys(n for layer in layers.values() for n in layer.adapters)),
     )
@@ -361,66 +355,3 @@ def _base_tensors(
     for name, tensor in named:
         if not _within(name, inside_lora):
             yield _WRAPPED.sub("", name), tensor.detach()
-
-
-def _patches(module: nn.Module) -> Iterator[str]:
-    """Hooks and replaced methods that can change what the module returns."""
-    yield from _foreign(module._forward_hooks, "forward hook")
-    yield from _foreign(module._forward_pre_hooks, "forward pre-hook")
-    placed = getattr(module, "_hf_hook", None)
-    if placed is not None:  # accelerate's own move tensors between devices
-        for hook in getattr(placed, "hooks", (placed,)):
-            if not type(hook).__module__.startswith("accelerate."):
-                yield f"accelerate hook {type(hook).__qualname__} from {type(hook).__module__}"
-    elif "forward" in vars(module):
-        yield "its forward method is replaced"
-
-
-def _global_hooks() -> Iterator[str]:
-    places = nn.modules.module
-    yield from _foreign(places._global_forward_hooks, "forward hook")
-    yield from _foreign(places._global_forward_pre_hooks, "forward pre-hook")
-
-
-def _foreign(hooks: Mapping[int, Any], kind: str) -> Iterator[str]:
-    for hook in hooks.values():
-        origin = str(getattr(hook, "__module__", None) or type(hook).__module__)
-        if not origin.startswith("harness.engines."):
-            yield f"{kind} {getattr(hook, '__qualname__', type(hook).__name__)} from {origin}"
-
-
-def _patched_code(bare: nn.Module) -> Iterator[str]:
-    """Forward methods of the model's classes, and the functions that they call by name, whose code
-    comes from elsewhere: libraries that replace them for all models of the process."""
-    classes = {type(module) for module in bare.modules()}
-    for cls in sorted(classes, key=lambda c: c.__qualname__):
-        owner = next(c for c in cls.__mro__ if "forward" in vars(c))
-        if origin := _elsewhere(vars(owner)["forward"], owner.__module__):
-            yield f"{owner.__qualname__}.forward is {origin}"
-    for module in sorted({cls.__module__ for cls in classes}):
-        for name in _FUNCTIONS:
-            function = getattr(sys.modules.get(module), name, None)
-            if origin := _elsewhere(function, module):
-                yield f"{name} of {module} is {origin}"
-    chosen = getattr(getattr(bare, "config", None), "_attn_implementation", None)
-    attention = sys.modules.get("transformers.modeling_utils")
-    functions = getattr(attention, "ALL_ATTENTION_FUNCTIONS", None)
-    function = functions[chosen] if functions is not None and chosen in functions else None
-    if origin := _elsewhere(function, "transformers"):
-        yield f"the attention function {chosen} is {origin}"
-
-
-def _elsewhere(function: Any, module: str) -> str | None:
-    """Where a function's code comes from, if that is neither *module*'s package nor what wraps it
-    there; decorators that keep a function's name are looked behind."""
-    own = [sys.modules.get(name) for name in (module, module.partition(".")[0], *_WRAPPERS)]
-    files = [file for m in own if (file := getattr(m, "__file__", None))]
-    folders = [Path(file).parent for file in files]
-    while function is not None:
-        code = getattr(function, "__code__", None)
-        if code is not None and not code.co_filename.startswith("<"):
-            place = Path(code.co_filename)
-            if not any(place.is_relative_to(folder) for folder in folders):
-                return f"{code.co_qualname} from {place}"
-        function = getattr(function, "__wrapped__", None)
-    return None
