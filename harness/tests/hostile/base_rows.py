@@ -232,6 +232,8 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("no tokenizer", "base", "no tokenizer", _no_tokenizer),
     ("tokenizer not JSON", "tokenizer.json", "line 1",
      lambda f: f.bytes("base/tokenizer.json", b"<html>")),
+    ("added tokens a string", "tokenizer.json", "added_tokens",
+     _tokens(lambda t: t.update(added_tokens="<x>"))),
     ("one id of two tokens", "tokenizer.json", "to 'a' and 'x'",
      _tokens(lambda t: t["model"]["vocab"].update(x=t["model"]["vocab"]["a"]))),
     ("tokenizer without a vocabulary", "tokenizer.json", "vocab",
