@@ -112,3 +112,25 @@ def test_a_config_may_name_the_weights_that_are_read(copy):
     path.write_text(json.dumps(config | {"transformers_weights": SINGLE_NAME}))
     with pytest.raises(InputError, match=rf"'{SINGLE_NAME}'.* instead of {INDEX_NAME}"):
         read_checkpoint(copy)
+
+
+def test_biases_are_expected_where_the_family_has_them(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from harness.checkpoint_claims import check_claims
+    from harness.testing.tiny import tiny_base
+
+    base = tiny_base(tmp_path / "base", family="qwen2")
+    faults = []
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    assert faults == []
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    biases = [name for name in tensors if name.endswith(".bias")]
+    kept = {name: value for name, value in tensors.items() if name not in biases}
+    # What old checkpoints store beside their weights is no fault.
+    kept["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors[biases[0]]
+    save_file(kept, weights, metadata={"format": "pt"})
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    said = [fault.fault.split("'")[1] for fault in faults]
+    assert sorted(said) == sorted(biases)
