@@ -89,6 +89,8 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
     pairs = read.count("num_key_value_heads", raw.get("num_key_value_heads") or heads)
     width = read.count("head_dim", raw.get("head_dim") or sizes["hidden_size"] // max(heads, 1))
     read.flag("tie_word_embeddings")
+    if read.flag("is_encoder_decoder"):
+        read.fault("is_encoder_decoder", "is true, and the tensors are a decoder's alone", _AGAIN)
     if len(read.faults) > before:
         return
     hidden, middle = sizes["hidden_size"], sizes["intermediate_size"]
