@@ -146,20 +146,20 @@ def _biased(read: FieldReader) -> list[str]:
 
 def _check_dropped(checkpoint: CheckpointFiles, known: set[str], faults: list[InputError]) -> None:
     """Tensors of a layer that the model has no place for."""
-    for name, shard in checkpoint.places.items():
-        match = _LAYER.fullmatch(name)
+    faults.extend(
+        InputError(
+            f"tensor {quoted(name)}: has no place in the model that config.json claims; "
+            "transformers would drop it",
+            where=shard.path,
+            remedy=_AGAIN,
+        )
+        for name, shard in checkpoint.places.items()
+        if (match := _LAYER.fullmatch(name)) is not None
+        and match[2] not in known
         # Old checkpoints store what is computed from the config.
-        if match is None or match[2] in known or match[2].endswith("rotary_emb.inv_freq"):
-            continue
-        if not enough(faults):
-            faults.append(
-                InputError(
-                    f"tensor {quoted(name)}: has no place in the model that config.json claims; "
-                    "transformers would drop it",
-                    where=shard.path,
-                    remedy=_AGAIN,
-                )
-            )
+        and not match[2].endswith("rotary_emb.inv_freq")
+        and not enough(faults)
+    )
 
 
 def _check_attention(read: FieldReader, layers: int) -> None:

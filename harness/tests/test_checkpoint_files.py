@@ -134,3 +134,23 @@ def test_biases_are_expected_where_the_family_has_them(tmp_path):
     check_claims(read_checkpoint(base), faults, trust_remote_code=False)
     said = [fault.fault.split("'")[1] for fault in faults]
     assert sorted(said) == sorted(biases)
+
+    base, faults = tiny_base(tmp_path / "llama", family="llama"), []
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"mlp_bias": True}))
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    missing = {fault.fault.split("'")[1].split(".", 3)[3] for fault in faults}
+    assert missing == {f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
+
+
+def test_kinds_of_attention_that_have_their_window_are_sound(tmp_path):
+    from harness.checkpoint_claims import check_claims
+    from harness.testing.tiny import tiny_base
+
+    base, faults = tiny_base(tmp_path / "base", family="qwen2"), []
+    config = json.loads((base / "config.json").read_text())
+    kinds = ["full_attention"] * (config["num_hidden_layers"] - 1) + ["sliding_attention"]
+    config |= {"layer_types": kinds, "sliding_window": 8, "use_sliding_window": True}
+    (base / "config.json").write_text(json.dumps(config))
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    assert faults == []
