@@ -89,6 +89,8 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
     pairs = read.count("num_key_value_heads", raw.get("num_key_value_heads") or heads)
     width = read.count("head_dim", raw.get("head_dim") or sizes["hidden_size"] // max(heads, 1))
     read.flag("tie_word_embeddings")
+    if read.flag("is_encoder_decoder"):
+        read.fault("is_encoder_decoder", "is true, and the tensors are a decoder's alone", _AGAIN)
     if len(read.faults) > before:
         return
     hidden, middle = sizes["hidden_size"], sizes["intermediate_size"]
@@ -108,6 +110,8 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
     }
     if read.raw.get("model_type") == "qwen3":
         of_layer |= {f"self_attn.{name}_norm.weight": [width] for name in "qk"}
+    for name in _biased(read):
+        of_layer[f"{name}.bias"] = of_layer[f"{name}.weight"][:1]
     layers = sizes["num_hidden_layers"]
     _check_attention(read, layers)
     present = {int(m[1]) for name in checkpoint.places if (m := _LAYER.fullmatch(name))}
@@ -121,10 +125,41 @@ def _check_plain(checkpoint: CheckpointFiles, read: FieldReader, faults: list[In
     else:
         for layer in range(layers):
             expected |= {f"model.layers.{layer}.{name}": s for name, s in of_layer.items()}
+        _check_dropped(checkpoint, set(of_layer), faults)
     for name, shape in expected.items():
         if not enough(faults):
             _check_shape(checkpoint, name, shape, faults)
     _check_tie(checkpoint, faults)
+
+
+def _biased(read: FieldReader) -> list[str]:
+    """The projections of a layer that have a bias: its absence is a row of zeros in silence."""
+    family = read.raw["model_type"]
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    if family == "qwen2":
+        return attention[:3]
+    found = attention if family in ("llama", "qwen3") and read.flag("attention_bias") else []
+    if family == "llama" and read.flag("mlp_bias"):
+        found = [*found, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
+    return found
+
+
+def _check_dropped(checkpoint: CheckpointFiles, known: set[str], faults: list[InputError]) -> None:
+    """Tensors of a layer that the model has no place for."""
+    faults.extend(
+        InputError(
+            f"tensor {quoted(name)}: has no place in the model that config.json claims; "
+            "transformers would drop it",
+            where=shard.path,
+            remedy=_AGAIN,
+        )
+        for name, shard in checkpoint.places.items()
+        if (match := _LAYER.fullmatch(name)) is not None
+        and match[2] not in known
+        # Old checkpoints store what is computed from the config.
+        and not match[2].endswith("rotary_emb.inv_freq")
+        and not enough(faults)
+    )
 
 
 def _check_attention(read: FieldReader, layers: int) -> None:

@@ -117,6 +117,8 @@ def _token_ids(read: FieldReader) -> tuple[dict[str, int], set[str]]:
             fault = f"vocab gives the id {number} to {quoted(owners[number])} and {quoted(token)}"
             read.fault("model", fault, _AGAIN)
     tokens = added if isinstance(added, list) else []
+    if tokens is not added or not all(isinstance(token, dict) for token in tokens):
+        read.fault("added_tokens", "is no list of tokens", _AGAIN)
     later = {str(t.get("content")): t.get("id") for t in tokens if isinstance(t, dict)}
     only_added = set(later) - set(ids)
     ids |= later

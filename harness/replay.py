@@ -73,18 +73,20 @@ def replay_completions(
     mode: Mode | str,
     settings: GenerationSettings | None = None,
     *,
-    drafts: Sequence[Sequence[int] | None],
+    drafts: Sequence[Sequence[int] | None] | None,
     application: Application = Application.LIVE,
 ) -> tuple[Replayed, ...]:
     """What `engine.generate` gives, with evidence; one forward pass where the drafts hold.
 
     Args:
         drafts: for each prompt the token ids that it is expected to produce, or None. A draft
-            may be anything: a wrong one only costs time.
+            may be anything: a wrong one only costs time. None instead of all: generate.
     """
     settings = settings or GenerationSettings()
     chosen = engine.stack.mode(mode) if isinstance(mode, str) else mode
     reason = inexpressible(settings)
+    if drafts is None:
+        drafts, reason = [None] * len(prompts), "no replay was asked for"
     # What no row of the embedding stands for is nobody's draft.
     size = int(engine.model.get_input_embeddings().weight.shape[0])
     begun: dict[int, tuple[int, ...]] = {}  # place -> the beginning that greedy decoding gives

@@ -35,7 +35,7 @@ class Completions:
         drafts: Callable[[Mode], Sequence[Sequence[int] | None]] | None = None,
     ) -> None:
         self._engine, self._preset = engine, preset
-        self._drafts = drafts or (lambda mode: [None] * len(preset.prompts))
+        self._drafts = drafts
         self._found: dict[tuple[Mode, Application], tuple[Replayed, ...]] = {}
         self._lost: dict[tuple[Mode, Application], str] = {}
         self._broken = ""
@@ -69,7 +69,7 @@ class Completions:
                 self._preset.prompts,
                 mode,
                 self._preset.settings,
-                drafts=self._drafts(mode),
+                drafts=None if self._drafts is None else self._drafts(mode),
                 application=application,
             )
 

@@ -124,3 +124,45 @@ def test_head_that_config_leaves_unsaid_is_tied_as_transformers_ties_it():
     for kind in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt_neox", "gptj"):
         assert kind not in _TIED_UNSAID
         assert not CONFIG_MAPPING[kind]().tie_word_embeddings, kind
+
+
+def test_biases_are_expected_where_the_family_has_them(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from harness.checkpoint_claims import check_claims
+    from harness.testing.tiny import tiny_base
+
+    base = tiny_base(tmp_path / "base", family="qwen2")
+    faults = []
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    assert faults == []
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    biases = [name for name in tensors if name.endswith(".bias")]
+    kept = {name: value for name, value in tensors.items() if name not in biases}
+    # What old checkpoints store beside their weights is no fault.
+    kept["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors[biases[0]]
+    save_file(kept, weights, metadata={"format": "pt"})
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    said = [fault.fault.split("'")[1] for fault in faults]
+    assert sorted(said) == sorted(biases)
+
+    base, faults = tiny_base(tmp_path / "llama", family="llama"), []
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"mlp_bias": True}))
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    missing = {fault.fault.split("'")[1].split(".", 3)[3] for fault in faults}
+    assert missing == {f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
+
+
+def test_kinds_of_attention_that_have_their_window_are_sound(tmp_path):
+    from harness.checkpoint_claims import check_claims
+    from harness.testing.tiny import tiny_base
+
+    base, faults = tiny_base(tmp_path / "base", family="qwen2"), []
+    config = json.loads((base / "config.json").read_text())
+    kinds = ["full_attention"] * (config["num_hidden_layers"] - 1) + ["sliding_attention"]
+    config |= {"layer_types": kinds, "sliding_window": 8, "use_sliding_window": True}
+    (base / "config.json").write_text(json.dumps(config))
+    check_claims(read_checkpoint(base), faults, trust_remote_code=False)
+    assert faults == []

@@ -88,7 +88,7 @@ def test_the_same_tokens_said_twice_are_sound(base):
 def test_a_vocabulary_of_scores_is_counted(base):
     stored = json.loads((base / "tokenizer.json").read_text())
     stored["model"] = {"vocab": [["<unk>", 0.0], ["a", -1.0], []]}
-    stored["added_tokens"] = "none"
+    stored["added_tokens"] = None
     (base / "tokenizer.json").write_text(json.dumps(stored))
     for name in ("tokenizer_config.json", "generation_config.json"):
         (base / name).write_text("{}")

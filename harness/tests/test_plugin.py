@@ -170,7 +170,7 @@ def test_generating_anew_on_request_says_the_same(project, stack_arguments):
     project.runpytest_inprocess("--snapshot-update", *stack_arguments)
     result = project.runpytest_inprocess("--no-replay", *stack_arguments)
     result.assert_outcomes(passed=8)
-    result.stdout.fnmatch_lines(["completions: 8 generated (nothing accepted to replay)"])
+    result.stdout.fnmatch_lines(["completions: 8 generated (no replay was asked for)"])
 
 
 def test_ci_accepts_nothing(project, stack_arguments, monkeypatch):

@@ -1,18 +1,9 @@
 """One mode's work: what befell the machine is told, what it held is free, a bug is raised."""
 
 import gc
-import pydoc
 import weakref
 
 import pytest
-
-
-@pytest.fixture
-def attempt():
-    """`attempt`, imported when a test asks for it: it brings torch."""
-    from harness.engines.faults import attempt
-
-    return attempt
 
 
 class Held:
@@ -22,14 +13,24 @@ class Held:
         self.itself = self
 
 
-@pytest.mark.parametrize("kind", ["MemoryError", "torch.OutOfMemoryError"])
-def test_what_a_mode_held_is_free_when_its_fault_is_told(attempt, kind):
-    error, held = pydoc.locate(kind), []
+@pytest.fixture
+def attempt():
+    from harness.engines.faults import attempt  # brings torch
+
+    return attempt
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_what_a_mode_held_is_free_when_its_fault_is_told(attempt, place):
+    import torch
+
+    kind = MemoryError if place == "host" else torch.OutOfMemoryError
+    held = []
 
     def work():
         mine = Held()
         held.append(weakref.ref(mine))
-        raise error("8 GiB asked")
+        raise kind("8 GiB asked")
 
     gc.disable()  # so that only what is asked for frees the circle
     try:

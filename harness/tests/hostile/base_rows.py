@@ -200,6 +200,12 @@ ROWS: list[tuple[str, str, str, Any]] = [
      _config(layer_types=["sliding_attention"] * 2, sliding_window=None)),
     ("a window that is switched off", "config.json", "layer_types",
      _config(layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=False)),
+    ("an encoder claimed", "config.json", "is_encoder_decoder", _config(is_encoder_decoder=True)),
+    ("biases claimed and missing", "base", "k_proj.bias", _config(attention_bias=True)),
+    ("a bias without a place", MODEL, "o_proj.bias': has no place", _tensors(
+        lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": t[_NORM]}))),
+    ("a norm of another family", MODEL, "'model.layers.1.mlp.norm.weight': has no place", _tensors(
+        lambda t: t.update({"model.layers.1.mlp.norm.weight": t[_NORM]}))),
     ("tied, and the head differs", "config.json", "tie_word_embeddings",
      _config(tie_word_embeddings=True)),
     ("tie a string", "config.json", "tie_word_embeddings", _config(tie_word_embeddings="false")),
@@ -232,6 +238,8 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("no tokenizer", "base", "no tokenizer", _no_tokenizer),
     ("tokenizer not JSON", "tokenizer.json", "line 1",
      lambda f: f.bytes("base/tokenizer.json", b"<html>")),
+    ("added tokens a string", "tokenizer.json", "added_tokens",
+     _tokens(lambda t: t.update(added_tokens="<x>"))),
     ("one id of two tokens", "tokenizer.json", "to 'a' and 'x'",
      _tokens(lambda t: t["model"]["vocab"].update(x=t["model"]["vocab"]["a"]))),
     ("tokenizer without a vocabulary", "tokenizer.json", "vocab",
