@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge; returns the exit code."""
+    # Before numpy is imported: each worker multiplies alone, and BLAS' own threads would only spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from harness.display.terminal import errors, shown
     from harness.merge import RoundingLossError, StrategyOptions, merge_lora_adapters
     from harness.merge.memory import keep_freed_pages
