@@ -166,3 +166,13 @@ def test_kinds_of_attention_that_have_their_window_are_sound(tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     check_claims(read_checkpoint(base), faults, trust_remote_code=False)
     assert faults == []
+
+
+@pytest.mark.parametrize("said", [{"quant_method": "gptq", "bits": 4}, "awq"])
+def test_a_quantised_base_is_nobodys_truth(copy, said):
+    config = json.loads((copy / "config.json").read_text())
+    read_checkpoint(copy).refuse_quantised()
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    method = said if isinstance(said, str) else said["quant_method"]
+    with pytest.raises(InputError, match=f"quantised \\('{method}'\\)"):
+        read_checkpoint(copy).refuse_quantised()

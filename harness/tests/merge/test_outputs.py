@@ -153,6 +153,43 @@ def test_a_full_or_broken_disk_is_an_error_wherever_it_shows(
         written(tmp_path / "out", [5000, 30_000, 100], 5)
 
 
+def test_a_file_system_without_room_to_reserve_gets_a_file_of_the_size(tmp_path, monkeypatch):
+    def fallocate(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    whole = written(tmp_path / "out", [5000, 30_000, 100], 9)
+    assert (tmp_path / "out").read_bytes() == whole
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "open"])
+def test_a_file_that_cannot_be_made_leaves_no_descriptor_open(tmp_path, monkeypatch, call):
+    real, before = getattr(os, call), len(os.listdir("/proc/self/fd"))
+
+    def full(*arguments):
+        if call == "open" and not arguments[1] & os.O_DIRECT:
+            return real(*arguments)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left"):
+            OutputFile(tmp_path / "out", 100)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_block_larger_than_the_buffer_keeps_what_is_held(tmp_path, small_writes):
+    data = random.Random(10).randbytes(200_100)
+    output, pen = OutputFile(tmp_path / "out", 200_100), Pen()
+    pen.at(output, 0)
+    pen.put(memoryview(data)[:100])
+    pen.put(memoryview(data)[100:])
+    pen.end()
+    output.finish()
+    output.close()
+    assert (tmp_path / "out").read_bytes() == data
+
+
 def test_threads_write_neighbours_at_once(tmp_path, small_writes):
     draw = random.Random(6)
     lengths = [draw.randrange(1, 20_000) for _ in range(64)]
@@ -224,6 +261,20 @@ def test_blocks_are_shared_where_the_file_system_can(tmp_path, monkeypatch):
     assert shared == [(4096, 8192, 20 * _PAGE)]
     copied(tmp_path / "aside", tmp_path / "source", 7, 100, 90_000)
     assert len(shared) == 1, "what does not lie alike on the pages cannot be shared"
+
+
+@pytest.mark.parametrize("call", ["ioctl", "copy_file_range"])
+def test_a_disk_that_fails_while_it_copies_is_an_error(tmp_path, monkeypatch, call):
+    (tmp_path / "source").write_bytes(b"x" * 9000)
+    if call == "copy_file_range":
+        refuse_direct_writing(monkeypatch)
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl if call == "ioctl" else os, call, broken)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        copied(tmp_path / "out", tmp_path / "source", 0, 0, 9000)
 
 
 @pytest.mark.parametrize("direct", [True, False])
