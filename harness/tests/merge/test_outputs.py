@@ -263,6 +263,27 @@ def test_blocks_are_shared_where_the_file_system_can(tmp_path, monkeypatch):
     assert len(shared) == 1, "what does not lie alike on the pages cannot be shared"
 
 
+def test_a_file_system_that_cannot_share_is_asked_once(tmp_path, monkeypatch):
+    data, asked = random.Random(11).randbytes(50_000), []
+    (tmp_path / "source").write_bytes(data)
+
+    def ioctl(*_):
+        asked.append(1)
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    output, source = OutputFile(tmp_path / "out", 50_000), os.open(tmp_path / "source", os.O_RDONLY)
+    try:
+        for start in (0, 20_000, 40_000):
+            copy_range(output, start, source, start, min(20_000, 50_000 - start), Pen())
+        output.finish()
+    finally:
+        output.close()
+        os.close(source)
+    assert (tmp_path / "out").read_bytes() == data
+    assert asked == [1]
+
+
 @pytest.mark.parametrize("call", ["ioctl", "copy_file_range"])
 def test_a_disk_that_fails_while_it_copies_is_an_error(tmp_path, monkeypatch, call):
     (tmp_path / "source").write_bytes(b"x" * 9000)
