@@ -226,19 +226,24 @@ def copied(path: Path, source: Path, start, target, size):
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("way", ["directly", "by the kernel", "by hand"])
 @pytest.mark.parametrize(
     ("start", "target", "size"),
     [(0, 0, 100_000), (100, 100, 90_000), (100, 4196, 90_000), (7, 100, 90_000), (9, 9, 10),
      (4090, 4090, 10), (0, 0, 0)],
 )  # fmt: skip
 def test_a_range_is_copied_from_anywhere_to_anywhere(
-    tmp_path, monkeypatch, direct, start, target, size
+    tmp_path, monkeypatch, way, start, target, size
 ):
+    def other_disk(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
     data = random.Random(7).randbytes(100_000)
     (tmp_path / "source").write_bytes(data)
-    if not direct:
+    if way != "directly":
         refuse_direct_writing(monkeypatch)
+    if way == "by hand":
+        monkeypatch.setattr(os, "copy_file_range", other_disk)
     found = copied(tmp_path / "out", tmp_path / "source", start, target, size)
     assert found == bytes(target) + data[start : start + size]
 
