@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Before numpy is imported: each worker multiplies alone, and BLAS' own threads would only spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from harness.display.terminal import errors, shown
+    from harness.memory import keep_freed_pages
     from harness.merge import RoundingLossError, StrategyOptions, merge_lora_adapters
-    from harness.merge.memory import keep_freed_pages
 
     options = StrategyOptions(
         density=arguments.density,

@@ -21,6 +21,7 @@ from harness.completion import Application
 from harness.engines.inspection import bare_model
 from harness.engines.padding import padded
 from harness.evidence import TOP, Evidence
+from harness.memory import keep_freed_pages
 from harness.stack import Mode
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def score(
     Args:
         batch_size: rows in one pass at most.
     """
+    if torch.device(engine.device).type == "cpu":
+        keep_freed_pages()
     found: dict[int, Evidence] = {}
     with engine.mode(mode, application), torch.inference_mode(), engine.threads():
         for batch in _batches(engine, rows, batch_size):
