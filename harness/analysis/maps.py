@@ -23,10 +23,12 @@ _ANNOTATED = 80  # cells, at most, that carry their number
 
 
 def kinds_of(modules: Sequence[ModuleFigures] | Sequence[PairFigures]) -> list[str]:
+    """The module types, in the order in which they come."""
     return list(dict.fromkeys(m.kind for m in modules))
 
 
 def short(name: str, width: int = 28) -> str:
+    """*name* for a label: inert, and cut in the middle to *width* characters."""
     name = plain(name)
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-width // 2 :]}"
 
@@ -34,6 +36,7 @@ def short(name: str, width: int = 28) -> str:
 def map_size(
     modules: Sequence[ModuleFigures] | Sequence[PairFigures],
 ) -> tuple[float, float]:
+    """Width and height of the figure, in inches."""
     columns = len({m.layer for m in modules})
     return min(14.0, 7 + 0.2 * columns), 1.8 + 0.36 * len(kinds_of(modules))
 
@@ -57,6 +60,7 @@ def draw_map(
     figure: Figure, grid: Any, kinds: list[str], layers: list[str], label: str, norm: Normalize,
     cmap: Any,
 ) -> None:  # fmt: skip
+    """Draw what `gridded` gives; few cells carry their number."""
     axes = figure.subplots()
     colours = (mpl.colormaps[cmap] if isinstance(cmap, str) else cmap).with_extremes(bad=MISSING)
     image = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=colours, norm=norm)
