@@ -7,12 +7,15 @@ who shows them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from harness.errors import InputError
 from harness.files.staging import write_bytes
@@ -196,7 +199,8 @@ def read_case(record: Record) -> Case:
         InputError: the file is broken, or was recorded anew since *record* was read.
     """
     try:
-        header, _, details = record.path.read_bytes().partition(b"\n")
+        with _opened(record.path) as file:
+            header, _, details = file.read().partition(b"\n")
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=record.path) from error
     now = read_header(header, path=record.path, name=record.name, written=record.written)
@@ -225,26 +229,44 @@ def _files(folder: str | Path, name: str) -> Iterator[tuple[os.DirEntry[str], st
 
 
 def _run(path: Path) -> Run:
-    if not path.is_file() and path.exists():
-        raise InputError("is not a regular file", where=path)
-    raw = parse_json_object(path.read_bytes(), where=path)
+    with _opened(path) as file:
+        data, written = file.read(), os.fstat(file.fileno()).st_mtime
+    raw = parse_json_object(data, where=path)
     conditions = raw.get("conditions")
     if raw.get("form") != FORM or not isinstance(conditions, dict):
         raise InputError("is no record of a run", where=path)
     return Run(
         conditions={key: text_field(conditions, key, path) for key in conditions},
         modes=text_fields(raw, "modes", path),
-        written=path.stat().st_mtime,
+        written=written,
     )
 
 
 def _record(entry: os.DirEntry[str], name: str) -> Record:
     path = Path(entry.path)
-    if not entry.is_file() and path.exists():
-        raise InputError("is not a regular file", where=path)  # a pipe would wait for ever
-    with open(entry.path, "rb") as file:  # noqa: PTH123 - thousands of them
+    with _opened(path) as file:
         line = file.readline(_HEADER_BYTES)
         written = os.fstat(file.fileno()).st_mtime
     if not line.endswith(b"\n"):
         raise InputError("its first line does not end", where=path)
     return read_header(line[:-1], path=path, name=name, written=written)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file at *path*, open to be read. What is opened is looked at, not the path: between two
+    looks at a path, a writer puts a file there or takes it away.
+
+    Raises:
+        InputError: a folder, pipe, socket or device.
+        OSError: it cannot be opened; `FileNotFoundError` where nothing is there.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise InputError("is not a regular file", where=path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError("is not a regular file", where=path)
+    return os.fdopen(descriptor, "rb")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,31 @@ def test_sessions_that_record_at_once_lose_and_mix_nothing(tmp_path: Path):
     assert len(records.cases) == 4 * 25 + 1
     assert all(read_case(record) for record in records.cases)
     assert not list(tmp_path.rglob(".staging-*"))
+
+
+def test_a_file_that_comes_and_goes_while_it_is_read_is_no_broken_one(tmp_path: Path):
+    recorded(tmp_path, case())
+    places = [tmp_path / FOLDER / ".run.json", tmp_path / FOLDER / f"{case().name}.json"]
+    staged = [(place, place.read_bytes()) for place in places]
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        beside = tmp_path / FOLDER / ".beside"
+        while not done.is_set():
+            for place, data in staged:
+                place.unlink()
+                beside.write_bytes(data)
+                beside.rename(place)
+
+    writer = threading.Thread(target=come_and_go)
+    writer.start()
+    try:
+        found = [read_records(tmp_path) for _ in range(3000)]
+    finally:
+        done.set()
+        writer.join()
+    assert {records.broken for records in found} == {()}
+    assert {len(records.cases) for records in found} | {0, 1} == {0, 1}
 
 
 @settings(
