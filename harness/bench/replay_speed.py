@@ -1,15 +1,15 @@
 """Checking snapshots by replay against generating anew, and against one process a mode.
 
-    python -m harness.bench.replay_speed [--runs 3] [--prompts 4] [--new-tokens 128]
+    python -m harness.bench.replay_speed [--runs 3] [--prompts 2 4] [--new-tokens 128]
         [--modes base style instruct stacked] [--dtype bfloat16] [--one-by-one 1]
 
 Builds a random Qwen3 in the shape of SmolLM2-135M (30 layers of 576, a vocabulary of 49,152) with
-two all-linear adapters of rank 16. Then, in turn and in one process: every mode and prompt
-generated anew in batches, and every one checked by replay of what was said; and as processes of
-their own, one a mode: PEFT, prompts one after the other. Prints medians and the ratio of each pair,
-of wall and of processor time. The head is the embedding shifted by one row, so that every next
-token is as certain as a trained model's and no rounding tie adds work to either side; the time of
-an operation does not depend on the values.
+two all-linear adapters of rank 16. Then, for each number of prompts, in turn and in one process:
+every mode and prompt generated anew in batches, and every one checked by replay of what was said;
+and as processes of their own, one a mode: PEFT, prompts one after the other. Prints medians and the
+ratio of each pair, of wall and of processor time. The head is the embedding shifted by one row, so
+that every next token is as certain as a trained model's and no rounding tie adds work to either
+side; the time of an operation does not depend on the values.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,22 @@ def _one_by_one(
         )  # fmt: skip
 
 
+@dataclass(kw_only=True)
+class _Way:
+    """One number of prompts: what they are, what was said, and how long each way took."""
+
+    prompts: list[Any]
+    drafts: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    found: list[Any] = field(default_factory=list)
+    anew: _Times = field(default_factory=_Times)
+    replayed: _Times = field(default_factory=_Times)
+    alone: _Times = field(default_factory=_Times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--modes", nargs="+", choices=_MODES, default=list(_MODES))
     parser.add_argument("--dtype", default="bfloat16")
@@ -136,56 +149,61 @@ def _measure(folder: Path, arguments: Any) -> None:
 
     from harness.completion import GenerationSettings, Prompt
     from harness.engines import load_engine
-    from harness.replay import Replayed, replay_completions
+    from harness.replay import replay_completions
     from harness.resolve import resolve_stack
 
     base, adapters = build(folder)
     prompts = [
         Prompt(id=f"p{n}", text=f"{'Please. ' * (n % 2)}Tell me about {n}.")
-        for n in range(arguments.prompts)
+        for n in range(max(arguments.prompts))
     ]
-    texts = folder / "prompts.json"
-    texts.write_text(json.dumps([prompt.text for prompt in prompts]), encoding="utf-8")
+    ways = [_Way(prompts=prompts[:count]) for count in arguments.prompts]
     modes, settings = arguments.modes, GenerationSettings(max_new_tokens=arguments.new_tokens)
     stack = resolve_stack(adapters=adapters, base_model=str(base))
-    anew, replayed, alone = _Times(), _Times(), _Times()
-    drafts: dict[str, list[tuple[int, ...]]] = {}
-    found: list[Replayed] = []
     with load_engine(stack, device="cpu", dtype=arguments.dtype) as engine:
 
-        def generate(settings: GenerationSettings) -> None:
+        def generate(way: _Way, settings: GenerationSettings) -> None:
             for mode in modes:
-                said = engine.generate(prompts, mode, settings)
-                drafts[mode] = [completion.token_ids for completion in said]
+                said = engine.generate(way.prompts, mode, settings)
+                way.drafts[mode] = [completion.token_ids for completion in said]
 
-        def replay(settings: GenerationSettings) -> None:
+        def replay(way: _Way, settings: GenerationSettings) -> None:
             for mode in modes:
-                found.extend(
-                    replay_completions(engine, prompts, mode, settings, drafts=drafts[mode])
+                way.found += replay_completions(
+                    engine, way.prompts, mode, settings, drafts=way.drafts[mode]
                 )
 
-        warm = replace(settings, max_new_tokens=2)
-        generate(warm)
-        replay(warm)
-        found.clear()
+        for way in ways:
+            generate(way, replace(settings, max_new_tokens=2))
+            replay(way, replace(settings, max_new_tokens=2))
+            way.found.clear()
         for number in range(1, arguments.runs + 1):
-            anew.run(lambda: generate(settings), f"{number}: anew, same process, same batches")
-            replayed.run(lambda: replay(settings), f"{number}: replay")
+            for way in ways:
+                name = f"{number}: {len(way.prompts)} prompts"
+                way.anew.run(partial(generate, way, settings), f"{name} anew, same batches")
+                way.replayed.run(partial(replay, way, settings), f"{name} replayed")
     for number in range(1, arguments.one_by_one + 1):
-        alone.run(
-            lambda: _one_by_one(base, adapters, modes, texts, arguments.new_tokens),
-            f"{number}: one process a mode, one by one",
-        )
+        for way in ways:
+            texts = folder / f"{len(way.prompts)}.json"
+            texts.write_text(json.dumps([p.text for p in way.prompts]), encoding="utf-8")
+            way.alone.run(
+                partial(_one_by_one, base, adapters, modes, texts, arguments.new_tokens),
+                f"{number}: {len(way.prompts)} prompts one by one, one process a mode",
+            )
     print(
-        f"{len(prompts)} prompts × {len(modes)} modes, {arguments.new_tokens} tokens each, "
-        f"{arguments.dtype}, {torch.get_num_threads()} threads; of the replayed tokens "
-        f"{sum(one.kept for one in found)} held and {sum(one.generated for one in found)} were "
-        "generated. Medians:"
+        f"{len(modes)} modes, {arguments.new_tokens} tokens each, {arguments.dtype}, "
+        f"{torch.get_num_threads()} threads. Medians:"
     )
-    print(f"  replay                            {replayed.against(replayed)}")
-    print(f"  anew, same process, same batches  {anew.against(replayed)}")
-    if alone.wall:
-        print(f"  one process a mode, one by one    {alone.against(replayed)}")
+    for way in ways:
+        print(
+            f"{len(way.prompts)} prompts; of the replayed tokens "
+            f"{sum(one.kept for one in way.found)} held and "
+            f"{sum(one.generated for one in way.found)} were generated"
+        )
+        print(f"  replay                            {way.replayed.against(way.replayed)}")
+        print(f"  anew, same process, same batches  {way.anew.against(way.replayed)}")
+        if way.alone.wall:
+            print(f"  one process a mode, one by one    {way.alone.against(way.replayed)}")
 
 
 if __name__ == "__main__":
