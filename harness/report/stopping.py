@@ -148,13 +148,17 @@ def _sampled_table(report: StoppingReport) -> dict[str, Any]:
             "temperature",
             "stop rate",
             "95 % interval",
+            "said nothing",
             "alike",
         ),
         "rows": [
-            (mode, len(s.counts), s.samples, s.temperature, s.rate, s.interval.shown, s.alike)
+            (
+                mode, len(s.counts), s.samples, s.temperature, s.rate, s.interval.shown,
+                sum(s.empty), s.alike,
+            )
             for mode, s in report.sampled.items()
         ],
-    }
+    }  # fmt: skip
 
 
 def _blame_table(report: StoppingReport) -> dict[str, Any]:

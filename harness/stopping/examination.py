@@ -245,7 +245,7 @@ class Examination:
             self.generated += count * len(prompts)
             want = self.expectation(name)
             if want is not None:
-                self.extra.append(judge_samples(name, want, found.counts, count))
+                self.extra.append(judge_samples(name, want, found.counts, count, empty=found.empty))
 
     def try_weights(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> Any:
         from harness.stopping.sweep import sweep_weights

@@ -117,19 +117,26 @@ def judge_samples(
     expected: str | Mapping[str, Any] | Expectation,
     counts: Sequence[int],
     samples: int,
+    *,
+    empty: Sequence[int] = (),
 ) -> Verdict:
     """Judge a sampled stop rate by `clustered_interval`; `always` and `never` are their rates.
 
     Args:
         counts: how many of a prompt's *samples* samples stopped, a number a prompt.
+        empty: how many of those said nothing; where answers must end, these are none.
     """
     want = expected if isinstance(expected, Expectation) else read_expectation(expected)
     name = f"stopping, sampled: {mode}"
     if not counts:
         return Verdict(name=name, outcome=Outcome.UNDECIDED, evidence=("no completion",))
+    silent = sum(empty) if want.must_stop else 0
+    if silent:
+        counts = [stopped - nothing for stopped, nothing in zip(counts, empty, strict=True)]
     interval = clustered_interval(counts, samples)
     line = (
-        f"{sum(counts)} of {len(counts) * samples} samples of {len(counts)} prompts stopped "
+        f"{sum(counts)} of {len(counts) * samples} samples of {len(counts)} prompts "
+        f"{f'ended an answer, {silent} more said nothing' if silent else 'stopped'} "
         f"(95 % interval {interval.shown}, a prompt counts once); declared: {want.shown}"
     )
     if _fails(want, interval.low, interval.high):

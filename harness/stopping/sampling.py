@@ -28,6 +28,7 @@ class SampledFigures:
 
     Attributes:
         counts: stopped samples a prompt, of *samples* each.
+        empty: those of them that stopped before they said anything.
         interval: `clustered_interval`'s.
         alike: intra-class correlation of a prompt's samples (analysis of variance): 0 where
             samples are as different as prompts, 1 where a prompt's all do the same; None where
@@ -39,6 +40,7 @@ class SampledFigures:
     temperature: float
     seed: int
     counts: tuple[int, ...]
+    empty: tuple[int, ...]
     interval: Interval
     alike: float | None
 
@@ -58,7 +60,7 @@ def sample_stops(
 ) -> SampledFigures:
     """Sample every prompt *samples* times at the settings' temperature (1 unless set)."""
     seed = settings.seed or 0
-    counts = [0] * len(prompts)
+    counts, empty = [0] * len(prompts), [0] * len(prompts)
     for turn in range(samples):
         for number, start in enumerate(range(0, len(prompts), _BATCH)):
             one = replace(
@@ -73,12 +75,14 @@ def sample_stops(
                 engine.generate(chunk, mode, one, application=application), start
             ):
                 counts[place] += done.stopped
+                empty[place] += done.stopped and not done.text.strip()
     return SampledFigures(
         mode=mode.name,
         samples=samples,
         temperature=settings.temperature,
         seed=seed,
         counts=tuple(counts),
+        empty=tuple(empty),
         interval=clustered_interval(counts, samples),
         alike=_alike(counts, samples),
     )

@@ -127,6 +127,15 @@ def test_samples_are_judged_by_prompts():
     assert judge_samples("m", "always", [0] * 20, 4).outcome is Outcome.FAILED
 
 
+def test_samples_that_say_nothing_are_no_answers_that_ended():
+    counts, empty = [8] * 73, [1] * 73
+    told = judge_samples("m", {"min_rate": 0.95}, counts, 8, empty=empty)
+    assert told.outcome is Outcome.FAILED
+    assert "511 of 584 samples of 73 prompts ended an answer, 73 more said nothing" in str(told)
+    # Where answers must not end, one that says nothing did end.
+    assert judge_samples("m", "never", counts, 8, empty=empty).outcome is Outcome.FAILED
+
+
 @pytest.mark.parametrize(
     "wrong",
     ["sometimes", {}, {"min_rate": 2}, {"min_rate": True}, {"stops": "always", "min_rate": 0.5},
