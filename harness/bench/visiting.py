@@ -122,16 +122,38 @@ def visit_all(
     seed: int,
     repeats: int = 1,
     progress: Callable[[float], None] | None = None,
-) -> dict[str, Visit]:
-    """One round of every cell, in an order drawn from *seed*, group by group (`visit_group`)."""
+) -> tuple[dict[str, Visit], dict[str, str]]:
+    """One round of every cell, in an order drawn from *seed*, group by group (`visit_group`).
+
+    Returns:
+        The visits, and why a cell, warm as it was, could not be measured (`refusal`): somebody else
+        may have taken the memory. Both by key.
+    """
     groups = list(groups_of(cells).values())
     random.Random(seed).shuffle(groups)
     visits: dict[str, Visit] = {}
+    refused: dict[str, str] = {}
     for place, group in enumerate(groups):
-        visits |= visit_group(measurer, group, repeats=repeats)
+        made = _visited(measurer, group, repeats)
+        if isinstance(made, str):
+            give_memory_back()
+            refused |= {cell.key: f"after the warm-up: {made}" for cell in group}
+        else:
+            visits |= made
         if progress is not None:
             progress((place + 1) / len(groups))
-    return visits
+    return visits, refused
+
+
+def _visited(measurer: Measurer, group: Sequence[Cell], repeats: int) -> dict[str, Visit] | str:
+    # As in `_warmed`.
+    try:
+        return visit_group(measurer, group, repeats=repeats)
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        return reason
 
 
 def interleaved(
@@ -175,11 +197,15 @@ def interleaved(
                 if progress is not None:
                     progress((number + part) / (rounds + 1))
 
-            found = visit_all(
+            found, refused = visit_all(
                 measurer, in_turn, seed=seed + number, repeats=repeats, progress=report
             )
             for key, visit in found.items():
                 visits[key].append(visit)
+            for key in refused:
+                visits[key].clear()
+            skipped |= refused
+            in_turn = [cell for cell in in_turn if cell.key not in skipped]
         for cell in compiled:
             made = _compiled(measurer, cell, rounds)
             if isinstance(made, str):

@@ -307,6 +307,32 @@ def test_what_does_not_fit_is_left_out_with_the_reason_and_the_rest_is_measured(
     assert {cell.key for cell in made} == {cell.key for cell in cells} - set(skipped)
 
 
+def test_what_does_not_fit_any_more_in_a_later_round_is_left_out_and_the_rest_is_measured(
+    small, monkeypatch
+):
+    import torch
+
+    from harness.bench import visiting
+
+    measurer, cells = small
+    given, rounds = visiting.visit_group, []
+
+    def taken(measurer, group, *, repeats):
+        if group[0].application_name == "merged":
+            rounds.append(group)
+            if len(rounds) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return given(measurer, group, repeats=repeats)
+
+    monkeypatch.setattr(visiting, "visit_group", taken)
+    made, skipped = visiting.interleaved(measurer, cells, 3)
+    assert set(skipped) == {f"stacked-merged-b{n}-i4-o2" for n in (1, 2)}
+    assert all(reason.startswith("after the warm-up: out of memory") for reason in skipped.values())
+    assert len(rounds) == 2  # it is not tried again
+    assert {cell.key for cell in made} == {cell.key for cell in cells} - set(skipped)
+    assert {len(cell.rounds["ttft_s"]) for cell in made} == {3}
+
+
 def test_a_mode_that_cannot_be_entered_leaves_the_others(small, monkeypatch):
     from harness.bench import visiting
 
