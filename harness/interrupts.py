@@ -58,14 +58,17 @@ def postponed() -> Iterator[int]:
     soon then. A second signal does not wait. In another thread no signal arrives anyway.
     """
     came: list[int] = []
+    over = False
     reader, writer = os.pipe()
     handlers: dict[signal.Signals, Callable[[int, FrameType | None], object]] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) == 1:
-            os.write(writer, b"!")
-            return
+        # One that comes while the handlers are given back may leave this one in its place.
+        if not over:
+            came.append(number)
+            if len(came) == 1:
+                os.write(writer, b"!")
+                return
         handlers[signal.Signals(number)](number, frame)
 
     if threading.current_thread() is threading.main_thread():
@@ -78,6 +81,7 @@ def postponed() -> Iterator[int]:
             signal.signal(number, handle)
         yield reader
     finally:
+        over = True
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.close(reader)

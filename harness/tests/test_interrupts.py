@@ -81,6 +81,28 @@ def test_a_second_signal_does_not_wait():
     assert done == ["kept"]
 
 
+def test_a_signal_while_the_handlers_are_given_back_leaves_the_other_one_heard(monkeypatch):
+    heard, real = [], signal.signal
+    before = real(signal.SIGTERM, lambda *_: heard.append("terminated"))
+
+    def interrupted(number, handler):
+        real(number, handler)
+        if handler is signal.default_int_handler:
+            signal.raise_signal(signal.SIGINT)
+
+    def work():
+        with monkeypatch.context() as patch, postponed():
+            patch.setattr(signal, "signal", interrupted)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        real(signal.SIGTERM, before)
+    assert heard == ["terminated"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("system", [signal.SIG_IGN, signal.SIG_DFL])
 def test_a_signal_that_the_system_handles_is_left_to_it(number, system):
