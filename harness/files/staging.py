@@ -36,6 +36,7 @@ __all__ = [
 _PREFIX = ".staging-"
 _ASIDE = ".replaced-"
 _YOUNG_SECONDS = 1.0  # just made, perhaps not locked yet
+_TRIES = 100  # to stage an entry where others remove what it needs
 #: What network file systems without locks answer; there, nothing is swept.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
 _AT_FDCWD = -100
@@ -94,8 +95,9 @@ def staged_folder(
 ) -> Iterator[Path]:
     """A fresh folder beside *target* that takes its place when the block ends without an error.
 
-    An existing non-empty *target* is refused unless *replace*; then it is exchanged in one step
-    where the system can (Linux `renameat2`), and removed after.
+    A non-empty *target* is refused unless *replace*, one that came while the block ran, too; with
+    *replace* it is exchanged in one step where the system can (Linux `renameat2`), and removed
+    after.
 
     Raises:
         InputError: *target* is a file or a link, or a non-empty folder without *replace*, or it
@@ -109,7 +111,7 @@ def staged_folder(
             for file in staged.rglob("*"):
                 _sync(file)
             _sync(staged)
-            _take_place(staged, target)
+            _take_place(staged, target, replace)
             _sync(target.parent)
         finally:
             os.close(held)
@@ -135,8 +137,10 @@ def _try_beside(target: Path, *, folder: bool) -> None:
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         staged, held = _fresh_beside(target, folder=folder)
-        os.close(held)
-        staged.rmdir() if folder else staged.unlink()
+        try:
+            staged.rmdir() if folder else staged.unlink()
+        finally:
+            os.close(held)  # not before: a sweeper takes what nobody holds
     except OSError as error:
         raise _unwritable(target, error) from error
     finally:
@@ -167,35 +171,49 @@ def _refuse(target: Path, replace: bool, inputs: Iterable[Path]) -> None:
     except OSError as error:
         raise _unwritable(target, error) from error
     if full and not replace:
-        raise InputError("is not empty", where=target, remedy="name a new folder")
+        raise _not_empty(target)
+
+
+def _not_empty(target: Path) -> InputError:
+    return InputError("is not empty", where=target, remedy="name a new folder")
 
 
 def _fresh_beside(target: Path, *, folder: bool) -> tuple[Path, int]:
     """A fresh staged entry beside *target*, and a descriptor that holds the lock on it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target.parent, again=folder)
+    tries = 0
     while True:
-        staged = target.parent / f"{_PREFIX}{secrets.token_hex(6)}"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent, again=folder)
+            return _fresh_in(target.parent, folder=folder)
+        except FileNotFoundError:
+            # Another process only tried this place and has removed the parent again; or a sweeper
+            # the entry, before it could be locked: this process stood still for long.
+            tries += 1
+            if tries == _TRIES:
+                raise
+
+
+def _fresh_in(parent: Path, *, folder: bool) -> tuple[Path, int]:
+    """One try; raises `FileNotFoundError` where *parent* or the entry is gone meanwhile."""
+    staged = parent / f"{_PREFIX}{secrets.token_hex(6)}"
+    if folder:
+        staged.mkdir()
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        held = os.open(staged, flags, 0o666)
+    except OSError:
         if folder:
-            staged.mkdir()
-        try:
-            flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            held = os.open(staged, flags, 0o666)
-        except OSError as error:
-            if folder and isinstance(error, FileNotFoundError):
-                continue  # swept before it could be locked: this process stood still for long
-            if folder:
-                staged.rmdir()
-            raise
-        try:
-            _hold(held)  # tells sweepers that the writer lives
-            if staged.exists():
-                return staged, held
-        except OSError:
-            os.close(held)
-            shutil.rmtree(staged, ignore_errors=True) if folder else staged.unlink()
-            raise
+            staged.rmdir()
+        raise
+    try:
+        _hold(held)  # tells sweepers that the writer lives
+        staged.stat()
+    except OSError:
         os.close(held)
+        shutil.rmtree(staged, ignore_errors=True) if folder else staged.unlink(missing_ok=True)
+        raise
+    return staged, held
 
 
 def _hold(descriptor: int) -> None:
@@ -212,10 +230,17 @@ def new_run_folder(root: Path, moment: float | None = None) -> Path:
     return root / f"{stamp}-{secrets.token_hex(3)}"
 
 
-def _take_place(staged: Path, target: Path) -> None:
-    if not target.exists():
-        staged.rename(target)
-    elif not _exchange(staged, target):
+def _take_place(staged: Path, target: Path, replace: bool) -> None:
+    if not (replace and target.exists()):
+        try:
+            staged.rename(target)  # an empty folder gives way
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if not replace:  # it came since it was looked for
+                raise _not_empty(target) from error
+    if not _exchange(staged, target):
         aside = target.parent / f"{_ASIDE}{target.name}"
         held = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -291,3 +291,94 @@ def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.raises(InputError, match="Permission denied"):
         check_place(tmp_path / "out")
+
+
+def test_a_folder_that_was_filled_while_the_block_ran_is_not_replaced(tmp_path):
+    def work(**options):
+        with staged_folder(tmp_path / "out", **options) as staged:
+            (staged / "new").write_text("new")
+            write_text(tmp_path / "out" / "theirs", "theirs")
+
+    with pytest.raises(InputError, match="out: is not empty"):
+        work()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+    work(replace=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_a_folder_that_comes_at_the_last_moment_is_replaced_where_that_was_asked_for(
+    tmp_path, monkeypatch
+):
+    from pathlib import Path
+
+    real, came = Path.exists, []
+
+    def exists(self, **named):
+        found = real(self, **named)
+        if self.name == "out" and not found and list(tmp_path.glob(".staging-*/new")) and not came:
+            came.append(write_text(self / "theirs", "theirs"))
+        return found
+
+    with staged_folder(tmp_path / "out", replace=True) as staged:
+        (staged / "new").write_text("new")
+        monkeypatch.setattr(Path, "exists", exists)
+    monkeypatch.undo()
+    assert came
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["new"]
+
+
+@pytest.mark.parametrize("step", ["_sweep", "_fresh_in"])
+def test_a_parent_that_another_process_removes_again_is_made_again(tmp_path, monkeypatch, step):
+    """Who tried a place that was not there yet leaves it so: at any moment of another's writing."""
+    from harness.files import staging
+
+    real, removed = getattr(staging, step), []
+
+    def late(parent, **named):
+        if not removed:
+            parent.rmdir()
+            removed.append(parent)
+        return real(parent, **named)
+
+    monkeypatch.setattr(staging, step, late)
+    write_text(tmp_path / "runs" / "f", "x")
+    removed.clear()
+    with staged_folder(tmp_path / "deep" / "runs" / "out") as staged:
+        (staged / "x").write_text("1")
+    assert removed
+    assert os.listdir(tmp_path / "runs") == ["f"]
+    assert os.listdir(tmp_path / "deep" / "runs") == ["out"]
+
+
+def test_a_parent_that_is_never_there_is_told(tmp_path, monkeypatch):
+    from harness.files import staging
+
+    def gone(parent, **named):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(staging, "_fresh_in", gone)
+    with pytest.raises(InputError, match="No such file"):
+        write_text(tmp_path / "f", "x")
+
+
+@pytest.mark.parametrize("name", ["check_place", "check_file_place"])
+def test_what_only_tries_a_place_is_not_swept_at_it(tmp_path, monkeypatch, name):
+    from harness.files import staging
+
+    real, looked = os.close, []
+
+    def close(descriptor):
+        real(descriptor)
+        if not looked:  # the moment in which nobody holds the lock any more
+            looked.append(descriptor)
+            for entry in tmp_path.iterdir():
+                aged(entry)
+            staging._sweep(tmp_path, again=True)
+
+    monkeypatch.setattr(os, "close", close)
+    getattr(staging, name)(tmp_path / "out")
+    assert looked
+    assert os.listdir(tmp_path) == []
