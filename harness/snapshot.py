@@ -106,12 +106,14 @@ class StoredForm(str):
         snapshot: what the form says; None where it cannot be read, and `fault` says why.
         evidence: the encoded evidence.
         path: where it lies; None for one that is not stored.
+        sha256: of the two files there, as `Pair.sha256`; None where they could not be read.
     """
 
     snapshot: Snapshot | None
     fault: InputError | None
     evidence: bytes
     path: Path | None
+    sha256: tuple[str, str] | None
 
     @classmethod
     def of(
@@ -122,9 +124,11 @@ class StoredForm(str):
         fault: InputError | None = None,
         evidence: bytes = b"",
         path: Path | None = None,
+        sha256: tuple[str, str] | None = None,
     ) -> Self:
         form = cls(text)
-        form.snapshot, form.fault, form.evidence, form.path = snapshot, fault, evidence, path
+        form.snapshot, form.fault, form.evidence = snapshot, fault, evidence
+        form.path, form.sha256 = path, sha256
         return form
 
 
@@ -165,8 +169,8 @@ def read_stored(path: Path) -> StoredForm | None:
     try:
         snapshot, evidence = _joined(pair, text, path)
     except InputError as error:
-        return StoredForm.of(text, fault=error, path=path)
-    return StoredForm.of(text, snapshot=snapshot, evidence=evidence, path=path)
+        return StoredForm.of(text, fault=error, path=path, sha256=pair.sha256)
+    return StoredForm.of(text, snapshot=snapshot, evidence=evidence, path=path, sha256=pair.sha256)
 
 
 def _joined(pair: Pair, text: str, path: Path) -> tuple[Snapshot, bytes]:

@@ -58,6 +58,11 @@ class Pair:
     text: bytes | None
     sidecar: bytes | None
 
+    @property
+    def sha256(self) -> tuple[str, str]:
+        """Hexadecimal, of the text and of the sidecar; `""` where it is absent."""
+        return _hex(self.text), _hex(self.sidecar)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Half:

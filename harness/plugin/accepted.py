@@ -37,7 +37,11 @@ __all__ = ["ACCEPTED", "Accepted", "Judged"]
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One compared case: what lay there, what is said now, and the verdict."""
+    """One compared case: what lay there, what is said now, and the verdict.
+
+    Attributes:
+        lay: SHA-256 of the text and of the sidecar that were compared (`""`: absent).
+    """
 
     path: Path
     found: Found
@@ -46,6 +50,7 @@ class Judged:
     floor: NoiseFloor | None
     how: str
     accepted_now: Evidence | None = None  # of the accepted tokens, from the model of today
+    lay: tuple[str, str] = ("", "")
     written: bool = False  # the session has just accepted it
     unrecorded: str | None = None  # why it does not lie in .pending/ for the review
 
@@ -202,6 +207,7 @@ class Accepted:
 
     def _case(self, judged: Judged) -> Case:
         from harness.pending import Case
+        from harness.snapshot_files import sidecar_of
         from harness.snapshot_form import Snapshot
 
         verdict, fresh, found = judged.verdict, judged.fresh, judged.found
@@ -209,9 +215,11 @@ class Accepted:
             verdict = Verdict(name=verdict.name, outcome=Outcome.HELD, evidence=("just accepted",))
             found = fresh
         accepting = {} if verdict.passed else self._accepting(judged)
+        place = judged.path.relative_to(self.root)
+        lay = dict(zip((place, sidecar_of(place)), judged.lay, strict=True))
         return Case(
             name=judged.path.relative_to(self.snapshots).with_suffix("").as_posix(),
-            snapshot=judged.path.relative_to(self.root),
+            snapshot=place,
             preset=self.preset.name,
             prompt=fresh.prompt,
             prompt_text=fresh.prompt_text,
@@ -222,7 +230,7 @@ class Accepted:
             then=self._side(found) if isinstance(found, Snapshot) else None,
             now=self._with_accepted(self._side(fresh), judged),
             accepting=accepting,
-            accepted_sha256={path: _sha256(self.root / path) for path in accepting},
+            accepted_sha256={path: lay[path] for path in accepting},
         )
 
     def _accepting(self, judged: Judged) -> dict[Path, bytes]:
@@ -314,13 +322,26 @@ class Accepted:
             recalled = result.recalled_data
             found = None if recalled is None else recalled.fault or recalled.snapshot
             judged = self.compare(path, found, fresh.snapshot)
-            judged = replace(judged, written=result.created or result.updated)
+            judged = replace(
+                judged, lay=_lay(path, recalled), written=result.created or result.updated
+            )
             try:
                 self.record(judged)
             except InputError as error:  # a read-only folder: the verdict stands all the same
                 judged = replace(judged, unrecorded=str(error))
             concluded.append(judged)
         return concluded
+
+
+def _lay(path: Path, recalled: Any) -> tuple[str, str]:
+    """The digests of what was compared. What came there since, while the noise floor was measured
+    perhaps, is somebody else's, and a review must not overwrite it."""
+    from harness.snapshot_files import sidecar_of
+
+    if recalled is None:  # there was no text
+        return "", _sha256(sidecar_of(path))
+    read: tuple[str, str] | None = recalled.sha256
+    return read or (_sha256(path), _sha256(sidecar_of(path)))
 
 
 def _sha256(path: Path) -> str:

@@ -136,6 +136,39 @@ def test_each_verdict_comes_of_what_it_stands_for(project, tiny, tmp_path):
     result.stdout.fnmatch_lines(["noise floor: at most * nats *"])
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+def test_what_somebody_accepts_while_a_session_judges_is_not_overwritten_by_a_review(
+    project, tiny, monkeypatch, accepted
+):
+    from harness.pending import accept, read_records
+    from harness.plugin.accepted import Accepted
+    from harness.snapshot import read_stored
+    from harness.snapshot_files import sidecar_of
+
+    chosen = ["-k", "prompt-1 and base", *arguments(tiny)]
+    project.runpytest_inprocess("--snapshot-update", *chosen).assert_outcomes(passed=1)
+    file = snapshot_file(project, "prompt-1--base")
+    accept_otherwise(file, token_ids=(1, 2, 3, 4), text="four")
+    theirs = contents(project)
+    if accepted:
+        accept_otherwise(file, token_ids=(5, 6, 7, 8), text="eight")
+    else:
+        file.unlink()
+        sidecar_of(file).unlink()
+    real = Accepted.compare
+
+    def meanwhile(self, *compared):
+        for path, data in theirs.items():
+            path.write_bytes(data)
+        return real(self, *compared)
+
+    monkeypatch.setattr(Accepted, "compare", meanwhile)
+    project.runpytest_inprocess(*chosen).assert_outcomes(failed=1)
+    (decided,) = accept(project.path, read_records(project.path).pending)
+    assert "has changed since it was compared" in decided.refused
+    assert read_stored(file).snapshot.text == "four"
+
+
 @pytest.mark.slow
 def test_snapshots_made_in_float32_serve_a_run_in_bfloat16(project, tiny):
     project.runpytest_inprocess("--snapshot-update", *arguments(tiny)).assert_outcomes(passed=8)
