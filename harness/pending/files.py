@@ -128,11 +128,20 @@ def record_case(root: Path, case: Case) -> Path:
     path = case_path(root, case.name)
     data = case_form(case)
     with locked(root):
-        if path.is_file() and path.read_bytes() == data:
-            os.utime(path)
-        else:
+        if not _lies_there(path, data):
             write_bytes(path, data)
     return path
+
+
+def _lies_there(path: Path, data: bytes) -> bool:
+    """Whether *data* is recorded already; if so, it counts as recorded now."""
+    with contextlib.suppress(OSError, InputError):  # no file, or gone between two steps
+        with _opened(path) as file:
+            same = file.read() == data
+        if same:
+            os.utime(path)
+        return same
+    return False
 
 
 def case_path(root: Path, name: str) -> Path:
@@ -158,7 +167,8 @@ def locked(root: Path) -> Iterator[None]:
             f"cannot be written: {error.strerror}", where=folder, remedy="check its permissions"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
@@ -167,12 +177,12 @@ def locked(root: Path) -> Iterator[None]:
 def read_records(root: Path) -> Records:
     """The first lines of all records; files that cannot be read are named with their fault."""
     folder = root / FOLDER
-    cases: list[Record] = []
+    cases: dict[str, Record] = {}  # while it is written to, a folder may list a file twice
     broken: list[Broken] = []
     run: Run | None = None
     for entry, name in _files(folder, ""):
         try:
-            cases.append(_record(entry, name))
+            cases[name] = _record(entry, name)
         except FileNotFoundError:  # gone meanwhile
             continue
         except (InputError, OSError) as error:
@@ -187,7 +197,7 @@ def read_records(root: Path) -> Records:
     return Records(
         root=root,
         run=run,
-        cases=tuple(sorted(cases, key=lambda record: record.name)),
+        cases=tuple(sorted(cases.values(), key=lambda record: record.name)),
         broken=tuple(sorted(broken, key=lambda item: item.path)),
     )
 
