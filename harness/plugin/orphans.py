@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from harness.embedded import embedded_folder
+from harness.errors import InputError
 from harness.plugin.setting import SETTING, case_name, snapshots_folder
 
 __all__ = ["ORPHANS", "find_orphans", "remember_collected"]
@@ -66,13 +67,24 @@ def find_orphans(config: pytest.Config) -> list[str]:
 def _orphaned(config: pytest.Config, path: Path, asked: set[str]) -> bool:
     if path.stem in asked:
         # A sidecar without its snapshot belongs to nobody.
-        return path.suffix == ".evidence" and not path.with_suffix(".toml").exists()
+        return path.suffix == ".evidence" and _is_alone(path)
     parts = path.stem.split("--")
     presets = {name.split("--")[0] for name in asked}
     modes = {name.split("--")[-1] for name in asked}
     if len(parts) != 3 or parts[0] not in presets:
         return False
     return parts[2] in modes or not config.stash[SETTING].modes_chosen
+
+
+def _is_alone(sidecar: Path) -> bool:
+    """Whether there is no snapshot; waits for a session that is about to put it there."""
+    from harness.snapshot_files import read_pair
+
+    snapshot = sidecar.with_suffix(".toml")
+    try:
+        return not snapshot.exists() and read_pair(snapshot).text is None
+    except InputError:  # something is there, and cannot be read
+        return False
 
 
 def _in_parts(config: pytest.Config) -> bool:
