@@ -3,17 +3,14 @@
 from importlib.util import find_spec
 
 import pytest
-from hypothesis import settings
-
-# A slow machine finds no other faults than a quick one.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
 
 if find_spec("hypothesis") is not None:  # a borrowed machine may lack it: see the upper conftest
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
     # A busy machine is no fault of what is tested.
-    settings.register_profile("harness", deadline=None)
+    settings.register_profile(
+        "harness", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     settings.load_profile("harness")
 
 

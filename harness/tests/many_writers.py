@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from harness import snapshot_files
 from harness.completion import Prompt
 from harness.files.staging import check_place
 from harness.snapshot import read_snapshot, snapshot_of, write_form
@@ -72,6 +73,8 @@ def _litter(folder: Path) -> list[str]:
 def together(folder: Path, processes: int, snapshots: int, rounds: int) -> dict[str, int]:
     """Each round every process writes every snapshot, in an order of its own, with a value of its
     own and the round; then each must be there, whole, and of this round."""
+    # Waiting for a slow disk loses nothing.
+    snapshot_files._PATIENCE_TO_READ = snapshot_files._PATIENCE_TO_WRITE = 3600.0
     seen = {"written": 0, "lost": 0, "mixed": 0, "failed": 0, "litter": 0}
     for turn in range(rounds):
         children = []

@@ -78,7 +78,7 @@ def test_8_processes_on_one_checkout_do_not_meet(tmp_path, tiny):
         )
         for command in commands * 4
     ]
-    said = [child.communicate(timeout=500) for child in children]
+    said = [child.communicate(timeout=1800) for child in children]
     codes = [child.returncode for child in children]
     assert codes == [0] * 8, [err.decode()[-500:] for _, err in said]
     folders = sorted((tmp_path / "runs").iterdir())

@@ -275,9 +275,12 @@ def test_a_pair_is_replaced_only_where_the_expected_one_lies(tmp_path):
 _AT_ONCE = """
 import hashlib, json, os, random, sys, time
 from pathlib import Path
+from harness import snapshot_files
 from harness.snapshot_files import evidence_of, read_pair, write_pair
 
 root, rounds = Path(sys.argv[1]), int(sys.argv[2])
+# Waiting for a slow disk mixes nothing.
+snapshot_files._PATIENCE_TO_READ = snapshot_files._PATIENCE_TO_WRITE = 3600.0
 
 def content(writer, number):
     evidence = os.urandom(300)
@@ -367,7 +370,7 @@ print(json.dumps(seen))
 def _driven(driver, folder: Path, rounds: int):
     result = subprocess.run(
         [sys.executable, "-c", driver, str(folder), str(rounds)],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=1800,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]

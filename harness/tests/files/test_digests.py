@@ -29,6 +29,14 @@ def settle(monkeypatch):
     monkeypatch.setattr(digests, "_SETTLED_NS", -(10**18))
 
 
+def _tick(folder, moment):
+    """Wait until what is written gets another time than *moment*: file systems have coarse ones."""
+    while True:
+        (folder / "clock").write_bytes(b"")
+        if (folder / "clock").stat().st_ctime_ns > moment:
+            return
+
+
 def sha(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -48,10 +56,11 @@ def test_large_file_is_read_once(large, monkeypatch, memory):
 
 
 @pytest.mark.parametrize("change", ["contents", "contents with the old times", "replaced"])
-def test_changed_file_is_read_again(large, monkeypatch, change):
+def test_changed_file_is_read_again(tmp_path, large, monkeypatch, change):
     settle(monkeypatch)
     file_digests([large])
     times = large.stat()
+    _tick(tmp_path, times.st_ctime_ns)
     if change == "replaced":
         other = large.with_name("other")
         other.write_bytes(b"b" * (1 << 20))
@@ -63,9 +72,14 @@ def test_changed_file_is_read_again(large, monkeypatch, change):
     assert file_digests([large])[large] == sha(large)
 
 
-def test_file_written_just_now_is_not_remembered(large, memory):
+def test_file_written_just_now_is_not_remembered(large, memory, monkeypatch):
+    settled = large.stat().st_ctime_ns + 2_000_000_000
+    monkeypatch.setattr(digests.time, "time_ns", lambda: settled)
     file_digests([large])
     assert not memory.exists()
+    monkeypatch.setattr(digests.time, "time_ns", lambda: settled + 1)
+    file_digests([large])
+    assert memory.exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"sha256": 3}', "[" * 100_000])

@@ -12,6 +12,12 @@ from harness.errors import InputError
 from harness.files.staging import new_run_folder, staged_folder, write_bytes, write_text
 
 
+@pytest.fixture(autouse=True)
+def _nothing_swept_yet(monkeypatch):
+    """A folder gets the number of one that this process has swept and somebody has removed."""
+    monkeypatch.setattr("harness.files.staging._swept", set())
+
+
 def test_text_is_written_with_its_folder(tmp_path):
     write_text(tmp_path / "a" / "b.txt", "Grüße 你好\r\n")
     assert (tmp_path / "a" / "b.txt").read_bytes() == "Grüße 你好\r\n".encode()
@@ -74,7 +80,7 @@ def test_killed_writer_leaves_nothing_visible_and_is_swept(tmp_path):
     code = (
         "import sys, time, pathlib; from harness.files.staging import staged_folder\n"
         f"with staged_folder(pathlib.Path({str(tmp_path / 'out')!r})) as s:\n"
-        "    (s / 'half').write_text('half'); print('ready', flush=True); time.sleep(60)\n"
+        "    (s / 'half').write_text('half'); print('ready', flush=True); time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
@@ -112,9 +118,13 @@ def aged(path, seconds=60):
     return path
 
 
-def test_litter_is_swept_by_the_next_writer_and_what_is_held_is_not(tmp_path):
+def test_litter_is_swept_by_the_next_writer_and_what_is_held_is_not(tmp_path, monkeypatch):
     import fcntl
 
+    from harness.files import staging
+
+    now = time.time()
+    monkeypatch.setattr(staging.time, "time", lambda: now)  # young stays young
     (tmp_path / ".staging-dead").mkdir()
     (tmp_path / ".staging-dead" / "half").write_text("")
     (tmp_path / ".staging-file").write_text("half")
@@ -123,6 +133,7 @@ def test_litter_is_swept_by_the_next_writer_and_what_is_held_is_not(tmp_path):
     for entry in tmp_path.iterdir():
         aged(entry)
     (tmp_path / ".staging-young").mkdir()
+    os.utime(tmp_path / ".staging-young", (now - 0.9, now - 0.9))
     held = os.open(tmp_path / ".staging-alive", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     write_text(tmp_path / "f", "x")

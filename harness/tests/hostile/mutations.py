@@ -126,7 +126,7 @@ def nest(root: Path, draw: Draw) -> None:
     folder = root / one_of(draw, ("base", "style", "instruct"))
     inner = folder / one_of(draw, ("checkpoint-90", folder.name, "original"))
     moved = draw(st.booleans())
-    files = [file for file in folder.iterdir() if file.is_file()]
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     inner.mkdir()
     for file in files:
         shutil.copy(file, inner)

@@ -82,4 +82,4 @@ def test_broken_folder_is_refused_and_named(folders, capsys, file, words, build)
     assert len(captured.err) < 30_000
     assert not os.path.lexists("canary"), "code of the folder's ran"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "kilobytes"
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads

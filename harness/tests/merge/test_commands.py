@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -55,19 +56,29 @@ def test_a_failed_gate_exits_1_and_bad_input_2(tiny, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def _read_to_the_end(terminal):
+    """What is written to it; read while it is: a terminal that nobody reads fills up."""
+    said = b""
+    with contextlib.suppress(OSError):  # its other end is closed
+        while data := os.read(terminal, 1 << 16):
+            said += data
+    os.close(terminal)
+    return said
+
+
 def test_a_terminal_sees_bytes_and_time_left_and_a_pipe_sees_no_bar(tiny, tmp_path):
     code = "import sys; from harness.cli import main; sys.exit(main(sys.argv[1:]))"
     line = [sys.executable, "-c", code, "merge", "--base", str(tiny.base)]
     line += ["--adapters", str(tiny.adapters["style"]), "--output"]
     settings = {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "120"}
     ours, theirs = pty.openpty()
-    subprocess.run(
-        [*line, str(tmp_path / "shown")], stderr=theirs, stdout=subprocess.DEVNULL, check=True,
+    with subprocess.Popen(
+        [*line, str(tmp_path / "shown")], stderr=theirs, stdout=subprocess.DEVNULL,
         env=os.environ | settings,
-    )  # fmt: skip
-    os.close(theirs)
-    said = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    ) as shown:  # fmt: skip
+        os.close(theirs)
+        said = _read_to_the_end(ours).decode()
+    assert shown.returncode == 0, said
     assert re.search(r"(\d+\.\d)/\1 kB\S* \S*\d:\d\d:\d\d", said), said
     piped = subprocess.run(
         [*line, str(tmp_path / "piped")], capture_output=True, text=True, check=True,

@@ -77,7 +77,7 @@ def _kill(tiny, tmp_path: Path, rounds: int) -> dict[str, int]:
     result = subprocess.run(
         [sys.executable, "-c", _DRIVER, str(tiny.base), *map(str, tiny.adapters.values()),
          str(tmp_path), str(rounds)],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=1800,
         # A forked child cannot use the parent's OpenMP threads: it would wait for them for ever.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
