@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -67,7 +68,7 @@ def _read(path: Path, *, what: str, remedy: str | None, limit: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(limit + 1)
             if len(data) > limit:
-                size = path.stat().st_size
+                size = os.fstat(file.fileno()).st_size
                 raise InputError(
                     f"{size} bytes is no {what}; at most {limit} are read",
                     where=path,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class TensorFile:
         The mapping is private (copy on write): changing the tensor never changes the file.
 
         Raises:
-            InputError: the file holds no such tensor.
+            InputError: the file holds no such tensor, or has got another size.
         """
         import torch
 
@@ -105,6 +106,12 @@ class TensorFile:
             return torch.empty(entry.shape, dtype=dtype)
         if not self._mapped:
             with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != self.size:
+                    raise InputError(
+                        "has changed since its header was read",
+                        where=self.path,
+                        remedy="run again when nothing writes there",
+                    )
                 self._mapped.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         flat = torch.frombuffer(
             self._mapped[0], dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start
@@ -195,7 +202,7 @@ def _read_header(path: Path, remedy: str | None) -> tuple[dict[str, Any], int, i
     """The header, its length, and the file's size."""
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size  # of this file, whatever lies there by now
             head = file.read(1024)
             if (foreign := foreign_format(head, size)) is not None:
                 kind, advice = foreign

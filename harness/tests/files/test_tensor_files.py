@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -51,6 +52,25 @@ def test_changing_a_tensor_leaves_the_file_alone(tmp_path):
     tensor = read_tensor_file(path, what="weights").tensor("a")
     tensor += 1
     assert (float(tensor), path.read_bytes()) == (3.5, before)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(tmp_path, monkeypatch):
+    path = written(tmp_path / "x", {"a": entry()}, b"\0" * 4)
+    larger = written(tmp_path / "y", {"a": entry(), "b": entry(offsets=(4, 8))}, b"\0" * 8)
+    real = Path.open
+
+    def opened(self, *arguments, **named):
+        file = real(self, *arguments, **named)
+        larger.replace(path)
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        read = read_tensor_file(path, what="weights")
+    assert set(read.entries) == {"a"}
+    with pytest.raises(InputError, match="has changed since its header was read"):
+        read.tensor("a")
+    assert set(read_tensor_file(path, what="weights").entries) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
