@@ -126,8 +126,7 @@ def merged_in_bfloat16(s):
 
 @harmless
 def two_threads(s):
-    # Restored by the test's own fixture would be better known, but torch has one global value.
-    import torch
+    import torch  # has one global value, which the test gives back
 
     torch.set_num_threads(2)
 

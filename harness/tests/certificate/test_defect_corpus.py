@@ -28,6 +28,16 @@ def test_planted_fault_is_caught_with_its_cause(name, subject):
     assert found.remedy
 
 
+@pytest.fixture
+def _threads_given_back():
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads_given_back")
 @pytest.mark.parametrize("name", sorted(HARMLESS))
 def test_harmless_change_raises_no_alarm(name, subject):
     HARMLESS[name](subject)
