@@ -52,11 +52,16 @@ def run_apart(
         watch = _Watch(
             request=request, collected=collected, left=left, loaded=loaded, progress=progress
         )
+        process: subprocess.Popen[bytes] | None = None
+        ended: bool | None = None
         with contextlib.ExitStack() as life:
-            # What the child has told was done, and no signal loses it.
-            with postponed() as interrupt:
-                process, reader = life.enter_context(_child(command, arguments, left))
-                ended = watch.follow(reader, timeout, interrupt)
+            while ended is None:  # again where somebody's own handler lets the run go on
+                # What the child has told was done, and no signal loses it.
+                with postponed() as interrupt:
+                    if process is None:
+                        process, reader = life.enter_context(_child(command, arguments, left))
+                    ended = watch.follow(reader, timeout, interrupt)
+            assert process is not None
             fault = _fault(process, ended, timeout)
         if watch.is_loaded:
             if fault is not None and left:
@@ -87,14 +92,11 @@ class _Watch:
         self._request, self._collected, self._left = request, collected, left
         self._loaded, self._progress = loaded, progress
         self.is_loaded = self.did_something = False
-        self._pending, self._begun = b"", 0.0
+        self._pending, self._begun = b"", time.monotonic()
 
-    def follow(self, reader: int, timeout: float | None, interrupt: int) -> bool:
-        """Handle messages until the child ends (True) or hangs past *timeout* (False).
-
-        Returns when *interrupt* can be read, after what the child has told by then.
-        """
-        self._begun = time.monotonic()
+    def follow(self, reader: int, timeout: float | None, interrupt: int) -> bool | None:
+        """Handle messages until the child ends (True) or hangs past *timeout* (False); None when
+        *interrupt* can be read, after what the child has told by then."""
         while True:
             room = None
             if timeout is not None:
@@ -105,7 +107,7 @@ class _Watch:
             if interrupt in ready:
                 while select.select([reader], [], [], 0)[0] and self._read(reader):
                     pass
-                return False
+                return None
             if not self._read(reader):
                 return True
 

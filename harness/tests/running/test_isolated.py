@@ -176,6 +176,29 @@ def test_an_interrupt_before_the_first_look_loses_nothing_that_was_told(run, mon
     assert collected.ran == 15
 
 
+def test_a_signal_whose_handler_goes_on_ends_no_mode(run, monkeypatch):
+    from harness.running import isolated
+
+    real, heard = isolated._child, []
+
+    @contextlib.contextmanager
+    def signalled(*arguments):
+        with real(*arguments) as child:
+            signal.raise_signal(signal.SIGTERM)
+            yield child
+
+    monkeypatch.setattr(isolated, "_child", signalled)
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        request, collected, took = run("")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+    assert took == 1
+    assert collected.faults == {}
+    assert collected.ran == request.planned
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_in_a_child_says_37_of_120_ran(tmp_path, number, code):
     (tmp_path / "prompts.txt").write_text("".join(f"say {n}\n" for n in range(30)))
