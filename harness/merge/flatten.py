@@ -91,11 +91,13 @@ def flatten_adapters(
     found = locate_adapters(named)
     target = Path(output)
     check_output(target, [adapter.path for adapter in found], force=force)
+    watch = Watch()
+    inputs = [a.path / name for a in found for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    watch.look(inputs)
     sources = open_sources(found, [factors[a.name] for a in found], what="flattened")
     order = {name: place for place, name in enumerate(named)}
     sources = tuple(sorted(sources, key=lambda source: order[source.name]))
     _check_alike(sources)
-    watch = Watch(source.files.tensors.path for source in sources)
     terms = terms_by_module(sources)
     ranks = {s.name: max(p.rank for p in s.files.pairs.values()) for s in sources}
     modules = flat_modules(terms)
@@ -111,7 +113,7 @@ def flatten_adapters(
         config = _config(sources, shared, [module.module for module in modules])
         (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = prove_factors(weights_file, modules, stored, verify, truncated=rank is not None)
-        watch.check()
+        watch.check(inputs)
         report = MergeReport(
             kind="flatten",
             output=str(target),

@@ -111,11 +111,18 @@ def merge_lora_adapters(
     given = None if weights is None else check_weights(weights, names)
     factors = dict(zip(names, coefficients(strategy.name, given, len(names)), strict=True))
     found = locate_adapters(named)
+    # Looked at before they are read: what changes from then on is not what was checked and hashed.
+    watch = Watch()
+    inputs = [a.path / name for a in found for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    watch.look(inputs)
     files = {adapter.name: read_adapter(adapter.path) for adapter in found}
     base = choose_base(base_model, "--base", found, files, Path.cwd())
     target = Path(output)
     check_output(target, [base.path, *(a.path for a in found)], force=force)
+    watch.look(base.path.glob("*.safetensors"))
     checkpoint = read_checkpoint(base.path)
+    inputs += [shard.path for shard in checkpoint.shards]
+    watch.look(inputs)
     sources = open_sources(found, [factors[a.name] for a in found], accept=MERGEABLE)
     check_saved_weights(sources, strategy, factors)
     faults: list[InputError] = []
@@ -128,10 +135,6 @@ def merge_lora_adapters(
     beside = files_beside(checkpoint.folder)
     check_space(
         target, plan.size + sum((checkpoint.folder / name).stat().st_size for name in beside)
-    )
-    watch = Watch(
-        [shard.path for shard in checkpoint.shards]
-        + [a.path / name for a in found for name in (CONFIG_NAME, WEIGHTS_NAME)]
     )
     recipe = Recipe(strategy=strategy, coefficients=factors, options=options)
     threads = workers or default_workers()
@@ -154,7 +157,7 @@ def merge_lora_adapters(
         sha256 = {"base": _by_name(hashing.result())}
         if verify == "full":
             sha256["output"] = _by_name(file_digests(staged / s.name for s in plan.shards))
-        watch.check()
+        watch.check(inputs)
         report = MergeReport(
             kind="merge",
             output=str(target),

@@ -38,10 +38,17 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
             cannot be written; it is a non-empty folder and not *force*.
     """
     check_place(output, replace=True, inputs=inputs)
-    if not force and output.is_dir() and any(output.iterdir()):
+    if not force and _holds_something(output):
         raise InputError(
             "is not empty", where=output, remedy="name a new folder, or pass --force to replace it"
         )
+
+
+def _holds_something(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except FileNotFoundError:  # also if it went since the last look: another merge replaces it
+        return False
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -97,18 +104,28 @@ def copy_beside(folder: Path, target: Path, names: Sequence[Path]) -> None:
 
 
 class Watch:
-    """Notices that an input file changed between the beginning and the end."""
+    """Notices that an input file changed after it was first looked at; gone is changed, too."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._before = {path: self._state(path) for path in paths}
+    def __init__(self) -> None:
+        self._before: dict[Path, tuple[int, int, int] | None] = {}
 
-    @staticmethod
-    def _state(path: Path) -> tuple[int, int, int]:
-        found = path.stat()
-        return found.st_size, found.st_mtime_ns, found.st_ino
+    def look(self, paths: Iterable[Path]) -> None:
+        """Remember how *paths* are, before they are read; what was looked at before stays."""
+        for path in paths:
+            self._before.setdefault(path, _state(path))
 
-    def check(self) -> None:
-        """Raises `HarnessError` if a file is not what it was."""
-        for path, before in self._before.items():
-            if not path.exists() or self._state(path) != before:
+    def check(self, paths: Iterable[Path]) -> None:
+        """Raises `HarnessError` if one of *paths* is not what it was."""
+        for path in paths:
+            now = _state(path)
+            if now is None or now != self._before[path]:
                 raise HarnessError(f"{path} changed while it was being merged; nothing was kept")
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """None where it is not there; one look, since it can go between two."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino

@@ -171,6 +171,70 @@ def test_an_input_that_changes_while_it_is_merged_is_noticed(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def changed_once_read(monkeypatch):
+    """`changed_once_read(module, name, file)`: *file* changes as soon as `module.name` returns."""
+
+    def plant(module, name, file):
+        real = getattr(module, name)
+
+        def reading(*arguments, **named):
+            found = real(*arguments, **named)
+            os.utime(file, ns=(1, 1))
+            return found
+
+        monkeypatch.setattr(module, name, reading)
+
+    return plant
+
+
+@pytest.mark.parametrize("reader", ["read_adapter", "read_checkpoint", "open_sources"])
+def test_an_input_that_changes_once_it_was_read_is_noticed(
+    tiny, adapter_copy, tmp_path, changed_once_read, reader
+):
+    from harness.merge import merging
+
+    base, style = tmp_path / "base", adapter_copy("style")
+    shutil.copytree(tiny.base, base)
+    folder, name = (base, "model") if reader == "read_checkpoint" else (style, "adapter_model")
+    changed_once_read(merging, reader, folder / f"{name}.safetensors")
+    with pytest.raises(HarnessError, match=rf"{name}.* changed while it was being merged"):
+        merge_lora_adapters(base, [style], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_changes_once_it_was_read_is_not_flattened(
+    adapter_copy, tmp_path, changed_once_read
+):
+    from harness.merge import flatten
+
+    style = adapter_copy("style")
+    changed_once_read(flatten, "open_sources", style / "adapter_model.safetensors")
+    with pytest.raises(HarnessError, match=r"adapter_model.* changed while it was being merged"):
+        flatten.flatten_adapters([style], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_that_goes_between_two_looks_is_no_error_of_the_output(tmp_path, monkeypatch):
+    from harness.merge.places import Watch
+
+    file, real = tmp_path / "weights", Path.stat
+    file.write_text("x")
+
+    def stat(path, **named):
+        found = real(path, **named)
+        path.unlink()
+        return found
+
+    watch = Watch()
+    watch.look([file])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        watch.check([file])  # there at the only look
+    with pytest.raises(HarnessError, match="changed while it was being merged"):
+        watch.check([file])
+
+
 def test_past_the_cache_copied_by_the_kernel_or_read_and_written_the_bytes_are_the_same(
     tiny, tmp_path, monkeypatch
 ):
