@@ -56,6 +56,9 @@ def templated_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def _bounded(seconds: float) -> Iterator[None]:
     """Interrupt Python code in the block after *seconds* of processor time.
 
+    Again and again until it ends: an interrupt can fall where other code holds every exception
+    back (a finaliser, jinja2's `except Exception`), and would be lost there.
+
     Only in the main thread, which alone gets signals; elsewhere nothing is bounded here, and the
     preflight's trial of the template has to do.
     """
@@ -63,13 +66,20 @@ def _bounded(seconds: float) -> Iterator[None]:
         yield
         return
 
+    over = False
+
     def interrupt(number: int, frame: object) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+        if not over:
+            raise TimeoutError(f"it takes more than {seconds:g} seconds")
 
     before = signal.signal(signal.SIGVTALRM, interrupt)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds / 10)
     try:
-        yield
-    finally:
+        try:
+            yield
+        finally:
+            over = True
+    finally:  # also if it came just before `over`: the next one is far
+        over = True
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)

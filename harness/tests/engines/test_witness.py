@@ -111,3 +111,36 @@ def test_template_that_hangs_on_one_prompt_is_refused(engine, monkeypatch):
     prompt = Prompt(id="p", messages=(Message(role="user", content="x"),))
     with pytest.raises(InputError, match=r"prompt p: the chat template .*0\.2 seconds"):
         engine.token_ids(prompt)
+
+
+def test_template_that_holds_an_interrupt_back_is_interrupted_again(monkeypatch):
+    """As jinja2 can, which goes on after any exception where it looks an attribute up."""
+    import signal
+    import time
+    from types import SimpleNamespace
+
+    from harness.engines.templating import templated_ids
+
+    monkeypatch.setattr("harness.engines.templating._TEMPLATE_SECONDS", 0.1)
+    held_back = []
+
+    def render(*_, **__):
+        while time.process_time() < end:
+            try:
+                while time.process_time() < end:
+                    pass
+            except TimeoutError as error:
+                if held_back:
+                    raise
+                held_back.append(error)
+        return [1]
+
+    tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=render)
+    prompt = Prompt(id="p", messages=(Message(role="user", content="x"),))
+    end = time.process_time() + 5
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(InputError, match=r"more than 0\.1 seconds"):
+        templated_ids(tokenizer, prompt)
+    assert len(held_back) == 1
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGVTALRM) is before
