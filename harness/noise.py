@@ -117,7 +117,8 @@ def noise_floor(
 ) -> NoiseFloor:
     """The floor for comparing this run with what was recorded in *recorded_dtype*.
 
-    Remembered by the contents of what it was measured on, so that a second run costs nothing.
+    Remembered by the contents of what it was measured on, so that a second run costs nothing; what
+    a run of fewer tokens measured is too low for a larger one, and is measured again.
 
     Args:
         completions: of *mode*; a few of them are scored.
@@ -130,7 +131,8 @@ def noise_floor(
     hardware = (
         torch.cuda.get_device_name(engine.device)
         if engine.device.startswith("cuda")
-        else engine.device
+        # Sums are cut as the widest instructions want them; a home folder can serve many machines.
+        else f"{engine.device} {torch.backends.cpu.get_cpu_capability()}"
     )
     key = combined_digest(
         {
@@ -145,7 +147,8 @@ def noise_floor(
     )
     memory = cache_folder("noise") / f"{key[:40]}.json"
     remembered = _recall(memory)
-    if remembered is not None:
+    wanted = sum(len(c.token_ids[:_TOKENS]) for c in _spread(completions))
+    if remembered is not None and remembered.tokens >= wanted:
         return remembered
     floor = measure_floor(engine, mode, completions, dtype=dtype)
     if floor.tokens:
@@ -181,10 +184,7 @@ def measure_floor(
     from harness.engines.scoring import ScoreRow, score
 
     dtype = dtype or engine.dtype
-    # Spread over the lengths, so that a batch of them has padding.
-    ordered = sorted((c for c in completions if c.token_ids), key=lambda c: len(c.prompt_token_ids))
-    step = max(1, len(ordered) // _CASES)
-    chosen = ordered[::step][:_CASES]
+    chosen = _spread(completions)
     rows = [
         ScoreRow(prompt=c.prompt_token_ids, produced=c.token_ids[:_TOKENS]) for c in chosen
     ]  # fmt: skip
@@ -209,6 +209,13 @@ def measure_floor(
         tokens=sum(len(row.produced) for row in rows),
         ways=tuple(ways),
     )
+
+
+def _spread(completions: Sequence[Completion]) -> list[Completion]:
+    """A few of *completions*, spread over the lengths, so that a batch of them has padding."""
+    ordered = sorted((c for c in completions if c.token_ids), key=lambda c: len(c.prompt_token_ids))
+    step = max(1, len(ordered) // _CASES)
+    return ordered[::step][:_CASES]
 
 
 def _ways(

@@ -219,6 +219,46 @@ def test_floor_is_remembered_by_the_contents_it_was_measured_on(tiny_engine, mon
     assert noise_floor(tiny_engine, mode, said, contents={"base": "1"}).ways == measured.ways
 
 
+@pytest.fixture
+def measuring(tiny_engine, monkeypatch, tmp_path):
+    """What `stacked` says to four prompts, and a function that tells of how many tokens the floor
+    of some of it is, and whether it was measured for it."""
+    from harness import noise
+    from harness.completion import GenerationSettings
+    from harness.tests.test_replay import prompts_of
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mode = tiny_engine.stack.mode("stacked")
+    said = tiny_engine.generate(prompts_of(0, 4), mode, GenerationSettings(max_new_tokens=4))
+    calls, real = [], noise.measure_floor
+    monkeypatch.setattr(noise, "measure_floor", lambda *a, **k: calls.append(1) or real(*a, **k))
+
+    def measured(some):
+        calls.clear()
+        floor = noise.noise_floor(tiny_engine, mode, some, contents={"base": "1"})
+        return floor.tokens, len(calls)
+
+    return said, measured
+
+
+def test_a_floor_of_a_few_tokens_does_not_stand_for_a_larger_run(measuring):
+    said, measured = measuring
+    few, many = len(said[0].token_ids), sum(len(c.token_ids) for c in said)
+    assert measured(said[:1]) == (few, 1)
+    assert measured(said) == (many, 1)
+    assert measured(said[:1]) == (many, 0)
+    assert measured(said) == (many, 0)
+
+
+def test_a_floor_is_that_of_the_instructions_it_was_measured_with(measuring, monkeypatch):
+    import torch
+
+    said, measured = measuring
+    assert [measured(said)[1] for _ in range(2)] == [1, 0]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    assert measured(said)[1] == 1
+
+
 def test_another_precision_leaves_no_trace(tiny_engine):
     from harness.engines.scoring import ScoreRow, in_precision, score
 
