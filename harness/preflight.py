@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ MOST_OF_A_FACTOR = 1e4
 #: The most that a weight of a base may be; the largest in use are some hundreds.
 MOST_OF_A_BASE = 1e6
 _WORTH_REMEMBERING = 64 << 20
+_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system ticks once in two seconds
 _FORM = 1
 
 # What this process has found sound: a run checks before it loads torch, and once more when loading.
@@ -134,12 +136,14 @@ def check_base_values(checkpoint: CheckpointFiles, faults: list[InputError]) -> 
     """Find NaN, infinity, and matrices that were never written, in the base's shards."""
     written = checkpoint.config.get("model_type") in PLAIN_FAMILIES
     for shard in checkpoint.shards:
-        stamp = _stamp(shard, written)
-        if stamp in _sound or _recalled(shard, stamp):
-            _sound.add(stamp)
-            continue
         before = len(faults)
         try:
+            stamp = _stamp(shard, written)
+            # As git's index does: what can still change without its stamp showing it is read again.
+            settled = time.time_ns() - max(int(stamp[4]), int(stamp[5])) > _SETTLED_NS
+            if settled and (stamp in _sound or _recalled(shard, stamp)):
+                _sound.add(stamp)
+                continue
             for found in value_ranges(shard):
                 fault = _value_fault(found, MOST_OF_A_BASE)
                 if fault is None and written and found.zero and len(found.entry.shape) == 2:
@@ -150,7 +154,7 @@ def check_base_values(checkpoint: CheckpointFiles, faults: list[InputError]) -> 
                     )
         except OSError as error:
             faults.append(InputError(f"cannot be read: {error.strerror}", where=shard.path))
-        if len(faults) == before:
+        if len(faults) == before and settled:
             _sound.add(stamp)
             _remember(shard, stamp)
 

@@ -175,6 +175,7 @@ def test_large_base_is_read_once(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(preflight, "_WORTH_REMEMBERING", 1)
     os.utime(folders.model, ns=(1, 1))  # long ago: writing it again gives it another time
+    monkeypatch.setattr(preflight, "_SETTLED_NS", -(1 << 62))
     checkpoint = read_checkpoint(folders.base)
     reads = []
     real = preflight.value_ranges
@@ -188,6 +189,40 @@ def test_large_base_is_read_once(folders, monkeypatch, tmp_path):
     faults = []
     preflight.check_base_values(read_checkpoint(folders.base), faults)
     assert len(faults) == 1, "a file that was written again is read again"
+
+
+def test_a_base_that_was_written_just_now_is_not_taken_for_known(folders, monkeypatch):
+    """Written again within one tick of the file system's clock, it has the same stamp."""
+    from harness import preflight
+    from harness.checkpoint_files import read_checkpoint
+
+    real, stamps = preflight._stamp, []
+
+    def stamp(*arguments):
+        stamps.append(stamps[0] if stamps else real(*arguments))
+        return stamps[0]
+
+    monkeypatch.setattr(preflight, "_stamp", stamp)
+    monkeypatch.setattr(preflight, "_SETTLED_NS", 1 << 62)  # however slow this is
+    faults = []
+    preflight.check_base_values(read_checkpoint(folders.base), faults)
+    assert faults == []
+    folders.poke("model.norm.weight", float("nan"), path=folders.model)
+    preflight.check_base_values(read_checkpoint(folders.base), faults)
+    assert len(faults) == 1
+    assert len(stamps) == 2
+
+
+def test_a_shard_that_goes_after_its_header_was_read_is_said(folders):
+    from harness import preflight
+    from harness.checkpoint_files import read_checkpoint
+
+    checkpoint, faults = read_checkpoint(folders.base), []
+    folders.model.unlink()
+    preflight.check_base_values(checkpoint, faults)
+    assert [str(fault) for fault in faults] == [
+        f"{folders.model}: cannot be read: No such file or directory"
+    ]
 
 
 def test_files_that_shrink_while_they_are_read_are_said(folders):
