@@ -85,9 +85,10 @@ def commit_here() -> dict[str, Any]:
     """
 
     def git(*words: str) -> str:
+        # `status` would take the index' lock to refresh it, and a commit made meanwhile would fail.
         done = subprocess.run(
-            ["git", "-C", str(folder), *words],
-            capture_output=True, text=True, timeout=10, check=True,
+            ["git", "--no-optional-locks", "-C", str(folder), *words],
+            capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
         return done.stdout.strip()
 

@@ -1,6 +1,7 @@
 """What is written is read again, by us and by pytest-benchmark; what is broken is refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -41,6 +42,33 @@ def test_a_history_is_a_folder_oldest_first(written, results_of, tmp_path):
     assert [n.moment[:4] for n in read_history(tmp_path)] == ["2025", "2026"]
     with pytest.raises(InputError, match="holds no results"):
         read_history(_empty(tmp_path))
+
+
+def test_the_commit_is_read_while_somebody_else_holds_the_index(tmp_path, monkeypatch):
+    from harness.bench import session
+
+    # Nothing of a hook that runs the tests, of CI, or of whose machine this is.
+    for name in [n for n in os.environ if n.startswith(("GIT_", "GITHUB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True)
+
+    here = tmp_path / "session.py"
+    here.write_text("x")
+    git("init", "-q", "-b", "main")
+    git("add", here.name)
+    git("commit", "-q", "-m", "one")
+    os.utime(here, (1, 1))  # what makes `git status` write the index anew
+    index = tmp_path / ".git" / "index"
+    before = index.stat().st_mtime_ns, index.read_bytes()
+    monkeypatch.setattr(session, "__file__", str(here))
+    found = session.commit_here()
+    assert (found["branch"], found["dirty"], len(found["id"])) == ("main", False, 40)
+    assert (index.stat().st_mtime_ns, index.read_bytes()) == before, "and no lock was taken"
 
 
 def _empty(folder):
