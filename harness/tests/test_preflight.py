@@ -268,6 +268,15 @@ def test_a_child_that_stands_still_is_not_waited_for(folders, monkeypatch, capsy
     assert "chat_template.jinja: chat_template: takes more than" in capsys.readouterr().err
 
 
+def test_a_template_does_not_pay_for_a_slow_start_of_its_child(monkeypatch):
+    from harness import template_probe
+
+    slow = "import time\nwhile time.process_time() < 1.1: pass\n"
+    monkeypatch.setattr(template_probe, "_CHILD", slow + template_probe._CHILD)
+    monkeypatch.setattr(template_probe, "_CPU_SECONDS", 1)
+    assert template_probe._tried("{{ 'sound' }}") == ("sound", "")
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
