@@ -264,7 +264,7 @@ def _base_claim(raw: Mapping[str, Any], read: FieldReader) -> str | None:
         fault = "is a URL; nothing is fetched from it"
     elif "\0" in claim or len(claim) > 4096:
         fault = "can be no path"
-    elif parts[:2] in (["", "dev"], ["", "proc"], ["", "sys"]):
+    elif parts[:2] in (["", "dev"], ["", "proc"], ["", "sys"]) and parts[2:3] != ["shm"]:
         fault = "lies in the system's own folders"
     elif ".." in parts[steps:]:
         fault = "climbs out of a folder that it goes into"

@@ -13,7 +13,8 @@ from harness.errors import InputError
 
 __all__ = ["foreign_format", "is_folder", "is_there", "regular_file"]
 
-_SYSTEM_FOLDERS = ("/dev", "/proc", "/sys")
+_SYSTEM_FOLDERS = ("/dev/", "/proc/", "/sys/")
+_MEMORY_FOLDER = "/dev/shm/"  # files of users' own, in memory: models lie there, and TMPDIR
 _TORCH_ADVICE = "load it once where you trust it and save it with safetensors.torch.save_file"
 _COPY_ADVICE = "copy or save it again"
 # By the first bytes: what it is, and how to mend it.
@@ -51,7 +52,7 @@ def regular_file(path: Path, *, what: str, remedy: str | None = None) -> Path:
         raise InputError(fault, where=path, remedy=remedy) from error
     if not stat.S_ISREG(mode):
         raise InputError(f"{what} is {_kind(mode)}, not a regular file", where=path, remedy=remedy)
-    if real.startswith(tuple(folder + os.sep for folder in _SYSTEM_FOLDERS)):
+    if real.startswith(_SYSTEM_FOLDERS) and not real.startswith(_MEMORY_FOLDER):
         raise InputError(
             f"{what} is a link to {real}, which is the system's", where=path, remedy=remedy
         )

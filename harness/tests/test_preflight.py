@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -124,6 +126,14 @@ def test_sound_shards_are_read_though_the_index_lies(folders, capsys):
 def _shard_of(folders, name):
     places = json.loads((folders.base / INDEX).read_text())["weight_map"]
     return folders.base / places[name]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no files in memory here")
+def test_a_stack_that_lies_in_memory_is_sound(folders):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        there = Folders(Path(memory) / "case", folders.root)
+        there.config(base_model_name_or_path=str(there.base))
+        assert main(["check-files", *there.arguments]) == 0
 
 
 def test_json_says_the_same(folders, capsys):
