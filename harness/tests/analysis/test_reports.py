@@ -299,8 +299,9 @@ def test_without_matplotlib_there_are_figures_and_no_plots(
     folder = layered_adapter(tmp_path / "a", seed=1)
     with pytest.warns(UserWarning, match=r"pip install 'lora-stack-harness\[plots\]'") as said:
         figures = analyze_lora_weights(folder, output_dir=tmp_path / "out")
-    assert len(said) == 1
-    assert said[0].filename == __file__
+    # Not what the collector says meanwhile of files that other tests left open.
+    (warning,) = (one for one in said if one.category is UserWarning)
+    assert warning.filename == __file__
     assert draw(figures) is None
     assert not (tmp_path / "out/plots").exists()
     assert "data:image" not in (tmp_path / "out/report.html").read_text()
