@@ -15,6 +15,16 @@ if find_spec("hypothesis") is not None:  # a borrowed machine may lack it: see t
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_terminal():
+    """What is said is as wide and as plain here as anywhere, whatever the shell or CI sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "CLICOLOR_FORCE",
+                     "TTY_COMPATIBLE", "TTY_INTERACTIVE"):  # fmt: skip
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """What is remembered between runs lies apart from the user's, and starts empty."""
     with pytest.MonkeyPatch.context() as patch:
