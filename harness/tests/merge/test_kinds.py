@@ -13,7 +13,7 @@ import pytest
 from harness import InputError, merge_lora_adapters
 from harness.checkpoint_files import read_checkpoint
 from harness.merge.storage import encode
-from harness.tests.merge.test_merging import digests, numbers, reference, stored
+from harness.tests.merge.test_merging import digests, exact_share, numbers, reference, stored
 
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -290,10 +290,7 @@ def test_weights_stored_as_plain_float8_are_rounded_once_to_float8(tiny, tmp_pat
     adapters = [_foreign(path, tmp_path / name) for name, path in tiny.adapters.items()]
     report = merge_lora_adapters(base, adapters, tmp_path / "out", verify="full")
     wanted = reference(base, adapters, [1.0, 1.0])
-    for name, expected in wanted.items():
-        raw, dtype = stored(tmp_path / "out", name)
-        assert dtype == "F8_E4M3"
-        assert np.mean(raw == encode(expected, dtype)) >= 0.999
+    assert exact_share(tmp_path / "out", wanted, "F8_E4M3") >= 0.999
     assert report.exact_share is not None
     assert report.exact_share >= 0.999
     assert "F8_E4M3" in report.dtype
@@ -364,10 +361,7 @@ def test_float8_with_scales_is_dequantised_added_and_stored_in_the_wanted_dtype(
             dequantised[name] = tensor.float() * scale
     _rewritten(tiny.base, plain, lambda name, tensor: {name: dequantised.get(name, tensor)})
     wanted = reference(plain, adapters, [1.0, 1.0])
-    for name, expected in wanted.items():
-        raw, dtype = stored(tmp_path / "out", name)
-        assert dtype == "BF16"
-        assert np.mean(raw == encode(expected, dtype)) >= 0.999
+    assert exact_share(tmp_path / "out", wanted, "BF16") >= 0.999
     for name in dequantised.keys() - wanted.keys():
         nearest = encode(numbers(plain, name), "BF16")
         np.testing.assert_array_equal(stored(tmp_path / "out", name)[0], nearest)
