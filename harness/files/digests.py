@@ -77,6 +77,9 @@ def _digest(path: Path) -> str:
         remembered = _recall(memory, before)
         if remembered is not None:
             return remembered
+        # As git's index does: what may still change, while it is read or after, without its stamp
+        # showing it is not remembered.
+        settled = time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) > _SETTLED_NS
         with real.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         after = _stamp(real)
@@ -84,8 +87,6 @@ def _digest(path: Path) -> str:
         raise InputError(
             f"cannot be read: {error.strerror or error}", where=path, remedy="restore the file"
         ) from error
-    # As git's index does: what may still change without its stamp showing it is not remembered.
-    settled = time.time_ns() - max(after["mtime_ns"], after["ctime_ns"]) > _SETTLED_NS
     if before == after and settled:
         with contextlib.suppress(InputError):  # no place for a cache: read again next time
             write_text(memory, json.dumps({"path": str(real), **after, "sha256": digest}))

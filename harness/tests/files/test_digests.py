@@ -82,6 +82,23 @@ def test_file_written_just_now_is_not_remembered(large, memory, monkeypatch):
     assert memory.exists()
 
 
+def test_file_that_was_fresh_when_its_reading_began_is_not_remembered(large, memory, monkeypatch):
+    """It may have changed since, within the tick of its time."""
+    clock = [large.stat().st_ctime_ns]
+    read = hashlib.file_digest
+
+    def slowly(*given):
+        clock[0] += 60 * 10**9
+        return read(*given)
+
+    monkeypatch.setattr(hashlib, "file_digest", slowly)
+    monkeypatch.setattr(digests.time, "time_ns", lambda: clock[0])
+    file_digests([large])
+    assert not memory.exists()
+    file_digests([large])
+    assert memory.exists()
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"sha256": 3}', "[" * 100_000])
 def test_damaged_memory_is_ignored(large, monkeypatch, memory, damage):
     settle(monkeypatch)
