@@ -21,6 +21,7 @@ from harness.checkpoint_files import INDEX_NAME, CheckpointFiles, read_checkpoin
 from harness.errors import HarnessError, InputError, combined
 from harness.files.digests import file_digests
 from harness.files.staging import staged_folder
+from harness.files.strict_json import read_json_object
 from harness.fit import check_base_copies
 from harness.locating import choose_base, locate_adapters
 from harness.merge.factors import Source, adapter_names, check_weights, open_sources
@@ -318,7 +319,8 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and '"chat_template"' in file.read_text(encoding="utf-8")
+    settings = read_json_object(file, what=file.name) if file.is_file() else {}
+    return settings.get("chat_template") is not None
 
 
 def adapter_records(

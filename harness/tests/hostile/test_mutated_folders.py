@@ -126,7 +126,6 @@ def sound(tiny, tmp_path_factory):
 _KEPT = {
     "deadline": None,
     "suppress_health_check": list(HealthCheck),
-    "derandomize": True,
     "print_blob": True,
 }
 
@@ -145,7 +144,7 @@ def test_merge_of_a_mutated_folder_is_refused_or_right(sound, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", CHANGES)
-@settings(max_examples=8, **(_KEPT | {"derandomize": False}))
+@settings(max_examples=8, **_KEPT)
 @given(data=st.data())
 def test_every_kind_of_change_is_refused_or_right(sound, first, data):
     loaded_is_refused_or_right(sound, data.draw, first)
@@ -153,7 +152,7 @@ def test_every_kind_of_change_is_refused_or_right(sound, first, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", CHANGES)
-@settings(max_examples=8, **(_KEPT | {"derandomize": False}))
+@settings(max_examples=8, **_KEPT)
 @given(data=st.data())
 def test_merge_after_every_kind_of_change_is_refused_or_right(sound, first, data):
     merge_is_refused_or_right(sound, data.draw, first)

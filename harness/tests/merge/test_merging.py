@@ -407,6 +407,17 @@ def test_a_base_without_a_template_gets_the_last_adapters(tiny, tmp_path):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{# instruct #}"
 
 
+@pytest.mark.parametrize("written", [b"\x80", b"", b"[1]", b'{"chat_template": 1, }'])
+def test_a_base_whose_tokenizer_config_cannot_be_read_is_refused(tiny, tmp_path, written):
+    base = tmp_path / "base"
+    shutil.copytree(tiny.base, base)
+    (base / "chat_template.jinja").unlink()
+    (base / "tokenizer_config.json").write_bytes(written)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json"):
+        merge_lora_adapters(base, dict(tiny.adapters), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("strategy", ["ties", "della", "tsv", "iso_c", "magnitude_prune"])
 def test_other_strategies_write_their_own_delta(sharded, tmp_path, strategy):
     report = merge_lora_adapters(
