@@ -7,7 +7,8 @@ Builds a random Qwen3 in the shape of SmolLM2-135M (30 layers of 576, a vocabula
 two all-linear adapters of rank 16. Then, for each number of prompts, in turn and in one process:
 every mode and prompt generated anew in batches, and every one checked by replay of what was said;
 and as processes of their own, one a mode: PEFT, prompts one after the other. Prints medians and the
-ratio of each pair, of wall and of processor time. The head is the embedding shifted by one row, so
+ratio of each pair, of wall and of processor time; and the ratio of the fastest runs, which
+neighbours on a shared machine disturbed least. The head is the embedding shifted by one row, so
 that every next token is as certain as a trained model's and no rounding tie adds work to either
 side; the time of an operation does not depend on the values.
 """
@@ -86,14 +87,17 @@ class _Times:
         print(f"{name}: {self.wall[-1]:.2f} s, {self.cpu[-1]:.2f} s of CPU", flush=True)
 
     def against(self, other: _Times) -> str:
-        """Medians, and how many times as long as *other* each run took."""
+        """Medians, how many times as long as *other* each run took, and the same of the fastest."""
         shown = [f"{statistics.median(self.wall):8.2f} s {statistics.median(self.cpu):8.2f} s CPU"]
         for name in ("wall", "cpu"):
             mine, others = getattr(self, name), getattr(other, name)
             # A way that ran once is held against every run of the other.
             pairs = zip(mine if len(mine) > 1 else mine * len(others), others, strict=True)
             shown.append(f"× {statistics.median(a / b for a, b in pairs):.1f} ({name})")
-        return "  ".join(shown if self is not other else shown[:1])
+        shown.append(f"fastest {min(self.wall):.2f} s")
+        if self is other:
+            return f"{shown[0]}  {shown[-1]}"
+        return f"{'  '.join(shown)} × {min(self.wall) / min(other.wall):.1f}"
 
 
 def _processor() -> float:
