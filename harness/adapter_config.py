@@ -145,6 +145,7 @@ def read_adapter_config(folder: Path, *, trust_remote_code: bool = False) -> Ada
     alpha_pattern = read.pattern_table("alpha_pattern", read.alpha)
     for key in _NAMES:
         read.names(key)
+    read.listed_names("target_parameters")
     for key in _FLAGS:
         read.flag(key)
     for key in _TABLES:
@@ -165,10 +166,6 @@ def read_adapter_config(folder: Path, *, trust_remote_code: bool = False) -> Ada
                 f"is not known to this version and is set to {quoted(raw[key])}",
                 "remove it if it changes nothing, or update the harness",
             )
-    parameters = raw.get("target_parameters")
-    named = isinstance(parameters, list) and all(isinstance(name, str) for name in parameters)
-    if parameters is not None and not named:
-        read.fault("target_parameters", "is no list of names", "list the parameters, or write null")
     targets = raw.get("target_modules")
     if not targets and not raw.get("target_parameters"):
         read.fault(

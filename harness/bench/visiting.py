@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +33,9 @@ __all__ = [
     "visit_group",
     "warm_up",
 ]
+
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +68,10 @@ def warm_up(measurer: Measurer, cells: Sequence[Cell]) -> dict[str, str]:
     try:
         with measurer.applied(cells[0].mode, cells[0].application) as (model, _):
             for cell in cells:
-                reason = _warmed(measurer, model, cell)
-                if reason is not None:
-                    refused[cell.key] = reason
+                made = _or_reason(partial(_warm, measurer, model, cell))
+                if isinstance(made, str):
+                    refused[cell.key] = made
                     give_memory_back()
-            reason = None
     except Exception as error:
         reason = refusal(error)
         if reason is None:
@@ -79,16 +82,21 @@ def warm_up(measurer: Measurer, cells: Sequence[Cell]) -> dict[str, str]:
     return refused
 
 
-def _warmed(measurer: Measurer, model: Any, cell: Cell) -> str | None:
+def _warm(measurer: Measurer, model: Any, cell: Cell) -> float:
+    one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+    return one.warm_up(whole=True)
+
+
+def _or_reason(work: Callable[[], _Made]) -> _Made | str:
+    """What *work* gives, or why it cannot be measured here (`refusal`)."""
     # The error's traceback holds what did not fit: no more than its words leaves this function.
     try:
-        CellMeasurer(model, cell, measurer.device, measurer.vocabulary).warm_up(whole=True)
+        return work()
     except Exception as error:
         reason = refusal(error)
         if reason is None:
             raise
         return reason
-    return None
 
 
 def visit_group(measurer: Measurer, cells: Sequence[Cell], *, repeats: int = 1) -> dict[str, Visit]:
@@ -134,7 +142,7 @@ def visit_all(
     visits: dict[str, Visit] = {}
     refused: dict[str, str] = {}
     for place, group in enumerate(groups):
-        made = _visited(measurer, group, repeats)
+        made = _or_reason(partial(visit_group, measurer, group, repeats=repeats))
         if isinstance(made, str):
             give_memory_back()
             refused |= {cell.key: f"after the warm-up: {made}" for cell in group}
@@ -143,17 +151,6 @@ def visit_all(
         if progress is not None:
             progress((place + 1) / len(groups))
     return visits, refused
-
-
-def _visited(measurer: Measurer, group: Sequence[Cell], repeats: int) -> dict[str, Visit] | str:
-    # As in `_warmed`.
-    try:
-        return visit_group(measurer, group, repeats=repeats)
-    except Exception as error:
-        reason = refusal(error)
-        if reason is None:
-            raise
-        return reason
 
 
 def interleaved(

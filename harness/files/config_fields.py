@@ -25,6 +25,10 @@ def field_name(key: str) -> str:
     return key if re.fullmatch(r"[\w.-]{1,80}", key, re.ASCII) else quoted(key)
 
 
+def _lists_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 class FieldReader:
     """Typed access to a raw config; faults name the file and the key, and are gathered."""
 
@@ -55,13 +59,19 @@ class FieldReader:
 
     def names(self, key: str) -> None:
         value = self.raw.get(key)
-        listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        listed = _lists_names(value)
         if value is not None and not isinstance(value, str) and not listed:
             self.fault(
                 key, f"{quoted(value)} is neither names nor a pattern", "write a list of names"
             )
         elif listed and len(set(value or ())) < len(value or ()):
             self.fault(key, f"{quoted(value)} names a module twice", "name each once")
+
+    def listed_names(self, key: str) -> None:
+        """Hold a field to a list of names or null, where no pattern may stand."""
+        value = self.raw.get(key)
+        if value is not None and not _lists_names(value):
+            self.fault(key, "is no list of names", "list the parameters, or write null")
 
     def layers(self, key: str) -> None:
         value = self.raw.get(key)
