@@ -204,7 +204,8 @@ def interleaved(
             skipped |= refused
             in_turn = [cell for cell in in_turn if cell.key not in skipped]
         for cell in compiled:
-            made = _compiled(measurer, cell, rounds)
+            # A machine without a compiler is not to lose what was measured before.
+            made = _or_reason(partial(_compiled, measurer, cell, rounds))
             if isinstance(made, str):
                 skipped[cell.key] = made
                 give_memory_back()
@@ -271,28 +272,21 @@ def collected(
     )
 
 
-def _compiled(measurer: Measurer, cell: Cell, rounds: int) -> list[Visit] | str:
-    """The rounds of a cell that is compiled anew, or why it cannot be measured here: a machine
-    without a compiler is not to lose what was measured before."""
+def _compiled(measurer: Measurer, cell: Cell, rounds: int) -> list[Visit]:
+    """The rounds of a cell that is compiled anew."""
     torch.compiler.reset()
-    try:
-        with measurer.applied(cell.mode, cell.application) as (model, seconds):
-            reset_peak(measurer.device)
-            one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
-            for _ in range(3):  # compile, capture the graph, replay it
-                one.warm_up(whole=True)
-            visits = []
-            for _ in range(rounds):
-                round = one()
-                visits.append(
-                    Visit(
-                        round=round, gaps_s=round.gaps_s, switch_s=seconds,
-                        peak_bytes=peak_bytes(measurer.device), state=measurer.reader.read(),
-                    )
-                )  # fmt: skip
-    except Exception as error:
-        reason = refusal(error)
-        if reason is None:
-            raise
-        return reason
+    with measurer.applied(cell.mode, cell.application) as (model, seconds):
+        reset_peak(measurer.device)
+        one = CellMeasurer(model, cell, measurer.device, measurer.vocabulary)
+        for _ in range(3):  # compile, capture the graph, replay it
+            one.warm_up(whole=True)
+        visits = []
+        for _ in range(rounds):
+            round = one()
+            visits.append(
+                Visit(
+                    round=round, gaps_s=round.gaps_s, switch_s=seconds,
+                    peak_bytes=peak_bytes(measurer.device), state=measurer.reader.read(),
+                )
+            )  # fmt: skip
     return visits
