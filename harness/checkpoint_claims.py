@@ -21,17 +21,25 @@ PLAIN_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _AGAIN = "copy the base model again, config and weights from one place"
 _TRUST = "remove it; or pass --trust-remote-code if you trust this folder"
 
 
 def check_claims(
-    checkpoint: CheckpointFiles, faults: list[InputError], *, trust_remote_code: bool
+    checkpoint: CheckpointFiles,
+    faults: list[InputError],
+    *,
+    trust_remote_code: bool,
+    plain_float8: bool = False,
 ) -> None:
     """Hold `config.json` against the tensors' names, shapes and dtypes; headers only.
 
     Layer counts, sizes and ties are judged for `PLAIN_FAMILIES`; what loaders would run, and
     quantised dtypes without a word about them, for every family.
+
+    Args:
+        plain_float8: whether 8-bit floats without scales are read as the numbers they are.
     """
     read = FieldReader(checkpoint.config, checkpoint.folder / "config.json")
     if not trust_remote_code:
@@ -44,7 +52,8 @@ def check_claims(
         if not isinstance(quantised.get("quant_method"), str):
             read.fault("quantization_config", "names no quant_method", _AGAIN)
     else:
-        _check_dtypes(checkpoint, faults)
+        known = _WEIGHT_DTYPES | _FLOAT8 if plain_float8 else _WEIGHT_DTYPES
+        _check_dtypes(checkpoint, known, faults)
     if family in PLAIN_FAMILIES and not quantised:
         _check_plain(checkpoint, read, faults)
     faults += read.faults
@@ -63,7 +72,9 @@ def _refuse_code(read: FieldReader) -> None:
             read.fault(key, f"{quoted(value)} would be fetched and run", _TRUST)
 
 
-def _check_dtypes(checkpoint: CheckpointFiles, faults: list[InputError]) -> None:
+def _check_dtypes(
+    checkpoint: CheckpointFiles, known: frozenset[str], faults: list[InputError]
+) -> None:
     faults.extend(
         InputError(
             f"tensor {quoted(entry.name)}: is {entry.dtype}, and config.json has no "
@@ -73,9 +84,7 @@ def _check_dtypes(checkpoint: CheckpointFiles, faults: list[InputError]) -> None
         )
         for shard in checkpoint.shards
         for entry in shard.entries.values()
-        if entry.name.endswith("weight")
-        and entry.dtype not in _WEIGHT_DTYPES
-        and not enough(faults)
+        if entry.name.endswith("weight") and entry.dtype not in known and not enough(faults)
     )
 
 

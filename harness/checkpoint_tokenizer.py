@@ -16,7 +16,7 @@ from harness.files.config_fields import FieldReader
 from harness.files.file_kinds import is_there
 from harness.files.strict_json import MAX_CONFIG_BYTES, read_json_object
 
-__all__ = ["check_tokenizer", "embedding_rows"]
+__all__ = ["READ_FILES", "check_tokenizer", "embedding_rows", "has_tokenizer"]
 
 _AGAIN = "copy the tokenizer that belongs to this base"
 _TRUST = "remove it; or pass --trust-remote-code if you trust this folder"
@@ -30,17 +30,29 @@ _OTHER_TEMPLATE = Path("additional_chat_templates", "default.jinja")
 #: Gemma's tokenizer.json has 33 MB.
 _MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
 
+_JSON = ("tokenizer.json", _CONFIG, "generation_config.json", "special_tokens_map.json", _ADDED)
+#: Everything that the verdict depends on, relative to the folder.
+READ_FILES = (*_JSON, *_TOKENIZER_FILES[1:], str(_OTHER_TEMPLATE))
+
 _Files = Mapping[str, dict[str, Any] | None]
 
 
 def check_tokenizer(
-    folder: Path, rows: int | None, faults: list[InputError], *, trust_remote_code: bool
+    folder: Path,
+    rows: int | None,
+    faults: list[InputError],
+    *,
+    trust_remote_code: bool,
+    required: bool = True,
 ) -> None:
     """Hold tokenizer and generation settings against each other, and against the *rows* of the
-    embedding if they are known."""
-    names = ("tokenizer.json", _CONFIG, "generation_config.json", "special_tokens_map.json", _ADDED)
-    files = {name: _optional(folder / name, faults) for name in names}
-    if not any(is_there(folder / name) for name in _TOKENIZER_FILES):
+    embedding if they are known.
+
+    Args:
+        required: whether a folder without a tokenizer is a fault.
+    """
+    files = {name: _optional(folder / name, faults) for name in _JSON}
+    if required and not has_tokenizer(folder):
         faults.append(
             InputError(
                 f"holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)})",
@@ -67,6 +79,11 @@ def check_tokenizer(
         )
     if files["generation_config.json"] is not None:
         _check_generation(files["generation_config.json"], rows, folder, faults)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether *folder* holds a tokenizer of any kind."""
+    return any(is_there(folder / name) for name in _TOKENIZER_FILES)
 
 
 def _optional(path: Path, faults: list[InputError]) -> dict[str, Any] | None:

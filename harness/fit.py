@@ -18,7 +18,7 @@ from harness.files.strict_json import read_json_object
 from harness.files.tensor_files import same_bytes
 from harness.stack import Adapter, Base
 
-__all__ = ["check_adapter_on_base", "check_adapters_together", "check_base_copies"]
+__all__ = ["check_adapter_covers", "check_adapter_on_base", "check_adapters_together"]
 
 _PROOF = "merge_proof.json"
 _MOST_ABSENT = 1000  # modules are told of
@@ -40,11 +40,25 @@ def check_adapter_on_base(
     adapter was trained on.
     """
     before = len(faults)
+    _check_shapes(adapter.name, files, checkpoint, base, faults)
+    check_adapter_covers(adapter, files, checkpoint, base, faults, shapes_fit=len(faults) == before)
+
+
+def check_adapter_covers(
+    adapter: Adapter,
+    files: AdapterFiles,
+    checkpoint: CheckpointFiles,
+    base: Base,
+    faults: list[InputError],
+    *,
+    shapes_fit: bool = True,
+) -> None:
+    """`check_adapter_on_base` without the shapes, for who places the pairs by rules of its own."""
+    before = len(faults)
     with gathering(faults):
         files.config.refuse_slow_patterns(_module_names(checkpoint))
-    _check_shapes(adapter.name, files, checkpoint, base, faults)
-    check_base_copies(files, checkpoint, faults)
-    if len(faults) == before:
+    _check_base_copies(files, checkpoint, faults)
+    if shapes_fit and len(faults) == before:
         _check_complete(files, checkpoint, faults)
     _check_merged(adapter, files, base, faults)
 
@@ -108,7 +122,7 @@ def _check_shapes(
         )
 
 
-def check_base_copies(
+def _check_base_copies(
     adapter: AdapterFiles, checkpoint: CheckpointFiles, faults: list[InputError]
 ) -> None:
     """PEFT would write these over the base, for every mode: they must be the base's own bytes."""
@@ -141,12 +155,13 @@ def _check_complete(
     Judged where the base's tensors are called as its modules are; elsewhere the engine compares
     after loading.
     """
-    if any(checkpoint.weight_name(module) is None for module in adapter.pairs):
+    adapted = {checkpoint.weight_name(module) for module in adapter.pairs}
+    if None in adapted:
         return
     for weight in checkpoint.places:
         module = weight.removesuffix(".weight")
         matrix = module != weight and len(checkpoint.entry(weight).shape) == 2
-        if not matrix or ".experts." in module or module in adapter.pairs:
+        if not matrix or ".experts." in module or weight in adapted:
             continue
         if adapter.config.targets(module):
             faults.append(
@@ -196,9 +211,17 @@ def _check_merged(
 
 
 def check_adapters_together(
-    adapters: Sequence[Adapter], files: Mapping[str, AdapterFiles], faults: list[InputError]
+    adapters: Sequence[Adapter],
+    files: Mapping[str, AdapterFiles],
+    faults: list[InputError],
+    *,
+    doubled: str = "--modes {name}*2",
 ) -> None:
-    """Two adapters with the same weights, and a pair that looks swapped by its folders' names."""
+    """Two adapters with the same weights, and a pair that looks swapped by its folders' names.
+
+    Args:
+        doubled: how a double weight is asked for where the adapters were named.
+    """
     read = [adapter for adapter in adapters if adapter.name in files]
     for number, second in enumerate(read):
         for first in read[:number]:
@@ -208,7 +231,7 @@ def check_adapters_together(
                         f"{first.name!r} and {second.name!r} hold the same weights, byte for byte",
                         where=second.path / WEIGHTS_NAME,
                         remedy="give each adapter its own; for a double weight use "
-                        f"--modes {first.name}*2",
+                        + doubled.format(name=first.name),
                     )
                 )
             if _called(first, second.name) and _called(second, first.name):

@@ -8,38 +8,42 @@ times. Knows nothing of devices, engines or reports.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import time
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from harness.adapter_files import AdapterFiles, read_adapter
-from harness.checkpoint_claims import PLAIN_FAMILIES
+from harness.checkpoint_claims import PLAIN_FAMILIES, check_claims
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
-from harness.checkpoint_tokenizer import check_tokenizer, embedding_rows
+from harness.checkpoint_tokenizer import READ_FILES, check_tokenizer, embedding_rows
 from harness.errors import InputError, combined, gathering, quoted
-from harness.files.digests import cache_folder, text_digest
-from harness.files.staging import write_text
+from harness.files.digests import text_digest
+from harness.files.soundness import known_sound, remember_sound, stamp_of
 from harness.files.tensor_files import TensorFile
 from harness.files.tensor_values import ValueRange, value_ranges
 from harness.stack import AdapterStack
 from harness.stack_lock import lock_faults
 from harness.template_probe import check_template, template_of
 
-__all__ = ["check_adapter_values", "check_base_values", "check_stack_files"]
+__all__ = [
+    "check_adapter_values",
+    "check_base",
+    "check_base_tokenizer",
+    "check_base_values",
+    "check_stack_files",
+    "check_templates",
+]
 
 #: The most that an entry of a factor may be. Trained ones stay below 10; a flipped high bit of
 #: the exponent gives 1e30.
 MOST_OF_A_FACTOR = 1e4
 #: The most that a weight of a base may be; the largest in use are some hundreds.
 MOST_OF_A_BASE = 1e6
-_WORTH_REMEMBERING = 64 << 20
-_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system ticks once in two seconds
-_FORM = 1
-
-# What this process has found sound: a run checks before it loads torch, and once more when loading.
-_sound: set[tuple[str, ...]] = set()
+_WORKERS = 4
 
 Progress = Callable[[str], None]
 
@@ -74,8 +78,9 @@ def check_stack_files(
         checkpoint = read_checkpoint(stack.base.path, faults=faults)
         rows = embedding_rows(checkpoint)
         check_base_values(checkpoint, faults)
-    check_tokenizer(stack.base.path, rows, faults, trust_remote_code=trust_remote_code)
-    _check_templates(stack, faults)
+    check_base_tokenizer(stack.base.path, rows, faults, trust_remote_code=trust_remote_code)
+    adapters = [adapter.path for adapter in reversed(stack.adapters)]
+    check_templates([stack.base.path, *adapters], faults)
     if stack.lock is not None:
         tell("comparing with the lock")
         with gathering(faults):
@@ -132,72 +137,107 @@ def _value_fault(found: ValueRange, most: float) -> str | None:
     return None
 
 
+def check_base(
+    checkpoint: CheckpointFiles,
+    faults: list[InputError],
+    *,
+    trust_remote_code: bool,
+    tokenizer: bool = True,
+    plain_float8: bool = False,
+    templates: Sequence[Path] = (),
+) -> None:
+    """Hold a base that is used without a stack's checks against all that it claims.
+
+    Args:
+        tokenizer: whether a folder without one is a fault; what it has is checked in any case.
+        plain_float8: let 8-bit floats without scales pass for the numbers they are.
+        templates: folders whose chat template counts where the base has none, the first first.
+    """
+    check_claims(checkpoint, faults, trust_remote_code=trust_remote_code, plain_float8=plain_float8)
+    check_base_values(checkpoint, faults)
+    check_base_tokenizer(
+        checkpoint.folder,
+        embedding_rows(checkpoint),
+        faults,
+        trust_remote_code=trust_remote_code,
+        required=tokenizer,
+    )
+    check_templates([checkpoint.folder, *templates], faults)
+
+
 def check_base_values(checkpoint: CheckpointFiles, faults: list[InputError]) -> None:
-    """Find NaN, infinity, and matrices that were never written, in the base's shards."""
+    """Find NaN, infinity, and matrices that were never written, in the base's shards.
+
+    The shards side by side, in blocks; what was found sound is remembered.
+    """
     written = checkpoint.config.get("model_type") in PLAIN_FAMILIES
-    for shard in checkpoint.shards:
-        before = len(faults)
+    stop = threading.Event()
+    workers = max(1, min(_WORKERS, len(checkpoint.shards), len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="values") as pool:
         try:
-            stamp = _stamp(shard, written)
-            # As git's index does: what can still change without its stamp showing it is read again.
-            settled = time.time_ns() - max(int(stamp[4]), int(stamp[5])) > _SETTLED_NS
-            if settled and (stamp in _sound or _recalled(shard, stamp)):
-                _sound.add(stamp)
-                continue
-            for found in value_ranges(shard):
-                fault = _value_fault(found, MOST_OF_A_BASE)
-                if fault is None and written and found.zero and len(found.entry.shape) == 2:
-                    fault = f"tensor {quoted(found.entry.name)}: is all zeros: it was never written"
-                if fault is not None:
-                    faults.append(
-                        InputError(fault, where=shard.path, remedy="copy the base model again")
-                    )
-        except OSError as error:
-            faults.append(InputError(f"cannot be read: {error.strerror}", where=shard.path))
-        if len(faults) == before and settled:
-            _sound.add(stamp)
-            _remember(shard, stamp)
+            for found in pool.map(partial(_shard_faults, written, stop), checkpoint.shards):
+                faults += found
+        except BaseException:
+            stop.set()  # Ctrl-C: what is being read is not read to its end
+            raise
 
 
-def _stamp(file: TensorFile, written: bool) -> tuple[str, ...]:
-    state = file.path.stat()
-    return (
-        str(file.path.resolve()), str(_FORM), str(written), str(state.st_size),
-        str(state.st_mtime_ns), str(state.st_ctime_ns), str(state.st_ino), str(state.st_dev),
-    )  # fmt: skip
-
-
-def _memory(stamp: tuple[str, ...]) -> Path:
-    return cache_folder("values") / f"{text_digest(stamp[0])[:40]}.json"
-
-
-def _recalled(file: TensorFile, stamp: tuple[str, ...]) -> bool:
-    if file.size < _WORTH_REMEMBERING:
-        return False
+def _shard_faults(written: bool, stop: threading.Event, shard: TensorFile) -> list[InputError]:
+    faults: list[InputError] = []
     try:
-        held: object = json.loads(_memory(stamp).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return held == list(stamp)
+        stamp = stamp_of("values", [shard.path], written)
+        if known_sound(stamp):
+            return []
+        for found in value_ranges(shard):
+            if stop.is_set():
+                return []
+            fault = _value_fault(found, MOST_OF_A_BASE)
+            if fault is None and written and found.zero and len(found.entry.shape) == 2:
+                fault = f"tensor {quoted(found.entry.name)}: is all zeros: it was never written"
+            if fault is not None:
+                faults.append(
+                    InputError(fault, where=shard.path, remedy="copy the base model again")
+                )
+    except OSError as error:
+        return [*faults, InputError(f"cannot be read: {error.strerror}", where=shard.path)]
+    if not faults:
+        remember_sound(stamp)
+    return faults
 
 
-def _remember(file: TensorFile, stamp: tuple[str, ...]) -> None:
-    if file.size >= _WORTH_REMEMBERING:
-        with contextlib.suppress(InputError):  # no place for a cache: read again next time
-            write_text(_memory(stamp), json.dumps(list(stamp)))
+def check_base_tokenizer(
+    folder: Path,
+    rows: int | None,
+    faults: list[InputError],
+    *,
+    trust_remote_code: bool,
+    required: bool = True,
+) -> None:
+    """`check_tokenizer`, remembered while its files stay as they are."""
+    stamp = None
+    with contextlib.suppress(OSError):  # a link in a circle: the check words it
+        stamp = stamp_of(
+            "tokenizer", [folder / name for name in READ_FILES], rows, trust_remote_code, required
+        )
+        if known_sound(stamp):
+            return
+    before = len(faults)
+    check_tokenizer(folder, rows, faults, trust_remote_code=trust_remote_code, required=required)
+    if stamp is not None and len(faults) == before:
+        remember_sound(stamp)
 
 
-def _check_templates(stack: AdapterStack, faults: list[InputError]) -> None:
-    """The base's template, or that of the last adapter which has one."""
-    for folder in (stack.base.path, *(a.path for a in reversed(stack.adapters))):
+def check_templates(folders: Sequence[Path], faults: list[InputError]) -> None:
+    """Try out the template that counts: of the first of *folders* that has one."""
+    for folder in folders:
         found = template_of(folder, faults)
         if found is None:
             continue
         template, path = found
-        key = ("template", text_digest(template))
-        if key not in _sound:
+        stamp = stamp_of("template", (), text_digest(template))
+        if not known_sound(stamp):
             before = len(faults)
             check_template(template, path, faults)
             if len(faults) == before:
-                _sound.add(key)
+                remember_sound(stamp)
         return

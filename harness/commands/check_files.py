@@ -96,11 +96,15 @@ def _check_folder(
     from harness.adapter_files import read_adapter
     from harness.checkpoint_claims import check_claims
     from harness.checkpoint_files import INDEX_NAME, SINGLE_NAME, read_checkpoint
-    from harness.checkpoint_tokenizer import check_tokenizer, embedding_rows
+    from harness.checkpoint_tokenizer import embedding_rows
     from harness.errors import combined, gathering
     from harness.files.file_kinds import is_there
-    from harness.preflight import check_adapter_values, check_base_values
-    from harness.template_probe import check_template, template_of
+    from harness.preflight import (
+        check_adapter_values,
+        check_base_tokenizer,
+        check_base_values,
+        check_templates,
+    )
 
     faults: list[InputError] = []
     notes: list[str] = []
@@ -115,10 +119,8 @@ def _check_folder(
             check_base_values(checkpoint, faults)
             layers = len(checkpoint.places)
             notes.append(f"sound: a base of {layers} tensors in {len(checkpoint.shards)} files")
-        check_tokenizer(folder, rows, faults, trust_remote_code=trust_remote_code)
-        template = template_of(folder, faults)
-        if template is not None:
-            check_template(*template, faults)
+        check_base_tokenizer(folder, rows, faults, trust_remote_code=trust_remote_code)
+        check_templates([folder], faults)
     else:
         with gathering(faults):
             files = read_adapter(folder, faults=faults, trust_remote_code=trust_remote_code)

@@ -23,6 +23,7 @@ from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, PairEntry, read_ad
 from harness.errors import InputError, combined
 from harness.files.digests import file_digests
 from harness.files.tensor_files import TensorEntry
+from harness.fit import check_adapters_together
 from harness.merge.storage import RAW, decode
 from harness.preflight import check_adapter_values
 from harness.stack import Adapter
@@ -202,20 +203,27 @@ def open_sources(
     *,
     accept: Collection[str] = (),
     what: str = "merged",
+    trust_remote_code: bool = False,
 ) -> tuple[Source, ...]:
     """Open the adapters, in canonical order, and check that every number in them is finite.
 
     Args:
         accept: what makes an adapter more than `W + s·B·A` (keys of its config) and is accepted.
         what: what they are opened for, for the message.
+        trust_remote_code: let through config fields by which loaders run code; none does here.
 
     Raises:
         InputError: a broken or non-additive adapter; NaN, infinity or an absurd size in a factor;
-            an adapter that changes nothing.
+            an adapter that changes nothing; two with the same weights.
     """
     every = [adapter.path / name for adapter in adapters for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    found = [(adapter, read_adapter(adapter.path)) for adapter in adapters]
+    found = [
+        (adapter, read_adapter(adapter.path, trust_remote_code=trust_remote_code))
+        for adapter in adapters
+    ]
     faults: list[InputError] = []
+    together = {adapter.name: files for adapter, files in found}
+    check_adapters_together(adapters, together, faults, doubled="--weights 2")
     for _, files in found:
         check_adapter_values(files, faults)
         reasons = [r for r in files.config.not_additive if r.partition(":")[0] not in accept]

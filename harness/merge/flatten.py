@@ -32,6 +32,7 @@ from harness.merge.flat_factors import (
     stored_bytes,
     write_factors,
 )
+from harness.merge.inputs import adapter_inputs
 from harness.merge.merging import adapter_records, base_id, check_settings, used_versions
 from harness.merge.places import Watch, check_output, check_space
 from harness.merge.proof import Verify
@@ -92,7 +93,7 @@ def flatten_adapters(
     target = Path(output)
     check_output(target, [adapter.path for adapter in found], force=force)
     watch = Watch()
-    inputs = [a.path / name for a in found for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    inputs = adapter_inputs(found)
     watch.look(inputs)
     sources = open_sources(found, [factors[a.name] for a in found], what="flattened")
     order = {name: place for place, name in enumerate(named)}

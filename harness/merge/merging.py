@@ -15,17 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness.adapter_config import CONFIG_NAME
-from harness.adapter_files import WEIGHTS_NAME, read_adapter
-from harness.checkpoint_files import INDEX_NAME, CheckpointFiles, read_checkpoint
-from harness.errors import HarnessError, InputError, combined
+from harness.checkpoint_files import INDEX_NAME, CheckpointFiles
+from harness.errors import HarnessError, InputError
 from harness.files.digests import file_digests
 from harness.files.staging import staged_folder
 from harness.files.strict_json import read_json_object
-from harness.fit import check_base_copies
-from harness.locating import choose_base, locate_adapters
-from harness.merge.factors import Source, adapter_names, check_weights, open_sources
-from harness.merge.places import Watch, check_output, check_space, copy_beside, files_beside
+from harness.merge.factors import Source, adapter_names, check_weights
+from harness.merge.inputs import check_inputs, open_inputs
+from harness.merge.places import check_space, copy_beside
 from harness.merge.plan import MergePlan, changed_config, changed_index, make_plan
 from harness.merge.proof import Verify, prove
 from harness.merge.recipe import Recipe
@@ -33,7 +30,7 @@ from harness.merge.report import AdapterRecord, MergeReport
 from harness.merge.storage import DTYPE_NAMES
 from harness.merge.strategies import StrategyOptions, coefficients, find_strategy
 from harness.merge.streaming import Flusher, Progress, default_workers, write_shards
-from harness.merge.targets import MERGEABLE, check_saved_weights, place
+from harness.merge.targets import check_saved_weights, place
 from harness.stack import Adapter, Base
 
 __all__ = ["RoundingLossError", "merge_lora_adapters"]
@@ -68,6 +65,7 @@ def merge_lora_adapters(
     verify: Verify = "sampled",
     max_rounding_loss: float | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write `W + merged ΔW` of one or more LoRA adapters as a checkpoint like the base's.
@@ -89,6 +87,8 @@ def merge_lora_adapters(
             `full` every byte, with SHA-256 of the weights; `none` nothing.
         max_rounding_loss: the share of ‖ΔW‖ that the storage dtype may lose, e.g. 0.5.
         force: replace a non-empty output folder.
+        trust_remote_code: merge folders that make loaders run code of theirs; it is copied along,
+            and nothing of it runs here.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -111,32 +111,16 @@ def merge_lora_adapters(
     names = list(named)
     given = None if weights is None else check_weights(weights, names)
     factors = dict(zip(names, coefficients(strategy.name, given, len(names)), strict=True))
-    found = locate_adapters(named)
-    # Looked at before they are read: what changes from then on is not what was checked and hashed.
-    watch = Watch()
-    inputs = [a.path / name for a in found for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    watch.look(inputs)
-    files = {adapter.name: read_adapter(adapter.path) for adapter in found}
-    base = choose_base(base_model, "--base", found, files, Path.cwd())
     target = Path(output)
-    check_output(target, [base.path, *(a.path for a in found)], force=force)
-    watch.look(base.path.glob("*.safetensors"))
-    checkpoint = read_checkpoint(base.path)
-    inputs += [shard.path for shard in checkpoint.shards]
-    watch.look(inputs)
-    sources = open_sources(found, [factors[a.name] for a in found], accept=MERGEABLE)
-    check_saved_weights(sources, strategy, factors)
-    faults: list[InputError] = []
-    for source in sources:
-        check_base_copies(source.files, checkpoint, faults)
-    if faults:
-        raise combined(faults)
-    plan = make_plan(checkpoint, place(checkpoint, sources), dtype=stored)
-    notes = _check_claims(base, found, checkpoint)
-    beside = files_beside(checkpoint.folder)
-    check_space(
-        target, plan.size + sum((checkpoint.folder / name).stat().st_size for name in beside)
+    inputs = open_inputs(
+        base_model, named, factors, target, force=force, trust_remote_code=trust_remote_code
     )
+    checkpoint, sources = inputs.checkpoint, inputs.sources
+    check_saved_weights(sources, strategy, factors)
+    plan = make_plan(checkpoint, place(checkpoint, sources), dtype=stored)
+    notes = check_inputs(inputs, trust_remote_code=trust_remote_code)
+    sizes = ((checkpoint.folder / name).stat().st_size for name in inputs.beside)
+    check_space(target, plan.size + sum(sizes))
     recipe = Recipe(strategy=strategy, coefficients=factors, options=options)
     threads = workers or default_workers()
     with (
@@ -146,8 +130,8 @@ def merge_lora_adapters(
     ):
         # Remembered from an earlier run, or read on a core's spare time while the shards are made.
         hashing = aside.submit(file_digests, [shard.path for shard in checkpoint.shards])
-        copy_beside(checkpoint.folder, staged, beside)
-        notes += _write_texts(staged, checkpoint, plan, found)
+        copy_beside(checkpoint.folder, staged, inputs.beside)
+        notes += _write_texts(staged, checkpoint, plan, inputs.adapters)
         write_shards(staged, plan, recipe, workers=threads, flusher=flusher, progress=progress)
         tensors = (
             ()
@@ -158,14 +142,14 @@ def merge_lora_adapters(
         sha256 = {"base": _by_name(hashing.result())}
         if verify == "full":
             sha256["output"] = _by_name(file_digests(staged / s.name for s in plan.shards))
-        watch.check(inputs)
+        inputs.check_unchanged()
         report = MergeReport(
             kind="merge",
             output=str(target),
             strategy=strategy.name,
             source=strategy.source,
             base=str(base_model),
-            adapters=adapter_records(found, sources, factors),
+            adapters=adapter_records(inputs.adapters, sources, factors),
             options={name: getattr(options, name) for name in strategy.options},
             dtype=", ".join(sorted({t.dtype for t in (*plan.merged, *plan.replaced)})),
             verify=verify,
@@ -183,7 +167,7 @@ def merge_lora_adapters(
             raise RoundingLossError(report, max_rounding_loss)
         (staged / "merge_proof.json").write_text(report.as_text(), encoding="utf-8")
         (staged / "merge_report.md").write_text(report.as_markdown(timed=False), encoding="utf-8")
-        card = report.as_card(base_id=base_id(base, sources), adapter=False)
+        card = report.as_card(base_id=base_id(inputs.base, sources), adapter=False)
         (staged / "README.md").write_text(card, encoding="utf-8")
     return report
 
@@ -221,64 +205,6 @@ def check_settings(verify: str, limit: float | None, workers: int | None) -> Non
 
 def _by_name(digests: Mapping[Path, str]) -> dict[str, str]:
     return {path.name: digest for path, digest in digests.items()}
-
-
-def _check_claims(
-    base: Base, adapters: Sequence[Adapter], checkpoint: CheckpointFiles
-) -> list[str]:
-    """Hold the bases that the adapters name against the one given.
-
-    A claimed base that is at hand and whose weights differ is refused; one that is elsewhere can
-    only be noted.
-    """
-    notes = []
-    for source in adapters:
-        raw = json.loads((source.path / CONFIG_NAME).read_text(encoding="utf-8"))
-        claim = raw.get("base_model_name_or_path")
-        if not claim:
-            continue
-        places = [(root / claim).resolve() for root in (source.path, Path.cwd())]
-        here = next((place for place in places if place.is_dir()), None)
-        if here is None:
-            if Path(claim).name not in (base.path.name, Path(base.source).name):
-                notes.append(
-                    f"{source.name} says that it was trained on {claim!r}, which is not here to "
-                    "compare; shapes fit."
-                )
-        elif here != base.path and not _same_weights(here, checkpoint):
-            raise InputError(
-                f"was trained on {claim}, whose weights differ from {base.source}",
-                where=source.path / CONFIG_NAME,
-                remedy=f"give --base {claim}",
-            )
-    return notes
-
-
-def _same_weights(folder: Path, checkpoint: CheckpointFiles) -> bool:
-    """Whether *folder* holds the same tensors, by shape and by the first 4 KiB of each."""
-    try:
-        other = read_checkpoint(folder)
-    except InputError:
-        return True  # nothing to compare with
-    if len(other.places) != len(checkpoint.places):
-        return False
-    for name, shard in checkpoint.places.items():
-        same = other.stored_name(name)
-        if same is None:
-            return False
-        mine, theirs = checkpoint.entry(name), other.entry(same)
-        if mine.shape != theirs.shape:
-            return False
-        if mine.dtype != theirs.dtype:
-            continue  # a conversion of the same model: shapes are all that can be compared
-        heads = []
-        for file, entry in ((shard, mine), (other.places[same], theirs)):
-            with file.path.open("rb") as stream:
-                stream.seek(entry.start)
-                heads.append(stream.read(min(4096, entry.end - entry.start)))
-        if heads[0] != heads[1]:
-            return False
-    return True
 
 
 def _write_texts(

@@ -181,21 +181,22 @@ def test_adapters_names_that_peft_cannot_hold_are_those_of_torch():
 def test_large_base_is_read_once(folders, monkeypatch, tmp_path):
     from harness import preflight
     from harness.checkpoint_files import read_checkpoint
+    from harness.files import soundness
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(preflight, "_WORTH_REMEMBERING", 1)
+    monkeypatch.setattr(soundness, "_WORTH_REMEMBERING", 1)
     os.utime(folders.model, ns=(1, 1))  # long ago: writing it again gives it another time
-    monkeypatch.setattr(preflight, "_SETTLED_NS", -(1 << 62))
+    monkeypatch.setattr(soundness, "_SETTLED_NS", -(1 << 62))
     checkpoint = read_checkpoint(folders.base)
     reads = []
     real = preflight.value_ranges
     monkeypatch.setattr(preflight, "value_ranges", lambda file: reads.append(file) or real(file))
     for _ in range(2):
-        monkeypatch.setattr(preflight, "_sound", set())
+        soundness.forget()
         preflight.check_base_values(checkpoint, [])
     assert len(reads) == 1
     folders.poke("model.norm.weight", float("nan"), path=folders.model)
-    monkeypatch.setattr(preflight, "_sound", set())
+    soundness.forget()
     faults = []
     preflight.check_base_values(read_checkpoint(folders.base), faults)
     assert len(faults) == 1, "a file that was written again is read again"
@@ -205,15 +206,16 @@ def test_a_base_that_was_written_just_now_is_not_taken_for_known(folders, monkey
     """Written again within one tick of the file system's clock, it has the same stamp."""
     from harness import preflight
     from harness.checkpoint_files import read_checkpoint
+    from harness.files import soundness
 
-    real, stamps = preflight._stamp, []
+    real, stamps = preflight.stamp_of, []
 
     def stamp(*arguments):
         stamps.append(stamps[0] if stamps else real(*arguments))
         return stamps[0]
 
-    monkeypatch.setattr(preflight, "_stamp", stamp)
-    monkeypatch.setattr(preflight, "_SETTLED_NS", 1 << 62)  # however slow this is
+    monkeypatch.setattr(preflight, "stamp_of", stamp)
+    monkeypatch.setattr(soundness, "_SETTLED_NS", 1 << 62)  # however slow this is
     faults = []
     preflight.check_base_values(read_checkpoint(folders.base), faults)
     assert faults == []
@@ -273,6 +275,7 @@ def test_a_child_that_stands_still_is_not_waited_for(folders, monkeypatch, capsy
     from harness.files.patterns import SLOW, pattern_fault
 
     monkeypatch.setattr(subprocess, "run", stands_still)
+    (folders.base / "chat_template.jinja").write_text("{{ 'not tried out before' }}")
     assert pattern_fault(["(a)*", "(b)*", "(c)*"], ["x"]) == ("(b)*", SLOW)
     assert main(["check-files", str(folders.base)]) == 2
     assert "chat_template.jinja: chat_template: takes more than" in capsys.readouterr().err

@@ -192,12 +192,12 @@ def changed_once_read(monkeypatch):
 def test_an_input_that_changes_once_it_was_read_is_noticed(
     tiny, adapter_copy, tmp_path, changed_once_read, reader
 ):
-    from harness.merge import merging
+    from harness.merge import inputs
 
     base, style = tmp_path / "base", adapter_copy("style")
     shutil.copytree(tiny.base, base)
     folder, name = (base, "model") if reader == "read_checkpoint" else (style, "adapter_model")
-    changed_once_read(merging, reader, folder / f"{name}.safetensors")
+    changed_once_read(inputs, reader, folder / f"{name}.safetensors")
     with pytest.raises(HarnessError, match=rf"{name}.* changed while it was being merged"):
         merge_lora_adapters(base, [style], tmp_path / "out")
     assert not (tmp_path / "out").exists()
