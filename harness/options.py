@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "APPLICATION_OPTION",
     "BENCH_OPTIONS",
+    "FILES_TRUST_OPTION",
     "PROMPT_OPTIONS",
     "RUN_OPTIONS",
     "STACK_OPTIONS",
@@ -97,6 +98,13 @@ PROMPT_OPTIONS: tuple[Option, ...] = (
     Option(flag="--prompts", metavar="FILE", help="prompts of your own: .toml, .jsonl or .txt"),
     Option(flag="--max-new-tokens", metavar="N", type=int, help="tokens a completion may have"),
     Option(flag="--batch-size", metavar="N", type=int, help="prompts in one forward pass"),
+)
+
+#: For commands that read files alone.
+FILES_TRUST_OPTION = Option(
+    flag="--trust-remote-code",
+    is_flag=True,
+    help="accept folders that make loaders run code of theirs; none of it is run here",
 )
 
 RUN_OPTIONS: tuple[Option, ...] = (

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from harness.adapter_files import AdapterFiles, read_adapter
-from harness.checkpoint_claims import PLAIN_FAMILIES, check_claims
+from harness.checkpoint_claims import PLAIN_FAMILIES
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.checkpoint_tokenizer import READ_FILES, check_tokenizer, embedding_rows
 from harness.errors import InputError, combined, gathering, quoted
@@ -30,8 +30,9 @@ from harness.stack_lock import lock_faults
 from harness.template_probe import check_template, template_of
 
 __all__ = [
+    "MOST_OF_A_BASE",
+    "MOST_OF_A_FACTOR",
     "check_adapter_values",
-    "check_base",
     "check_base_tokenizer",
     "check_base_values",
     "check_stack_files",
@@ -135,34 +136,6 @@ def _value_fault(found: ValueRange, most: float) -> str | None:
     if found.largest > most:
         return f"{name}: holds {found.largest:.3g}, beyond {most:g}"
     return None
-
-
-def check_base(
-    checkpoint: CheckpointFiles,
-    faults: list[InputError],
-    *,
-    trust_remote_code: bool,
-    tokenizer: bool = True,
-    plain_float8: bool = False,
-    templates: Sequence[Path] = (),
-) -> None:
-    """Hold a base that is used without a stack's checks against all that it claims.
-
-    Args:
-        tokenizer: whether a folder without one is a fault; what it has is checked in any case.
-        plain_float8: let 8-bit floats without scales pass for the numbers they are.
-        templates: folders whose chat template counts where the base has none, the first first.
-    """
-    check_claims(checkpoint, faults, trust_remote_code=trust_remote_code, plain_float8=plain_float8)
-    check_base_values(checkpoint, faults)
-    check_base_tokenizer(
-        checkpoint.folder,
-        embedding_rows(checkpoint),
-        faults,
-        trust_remote_code=trust_remote_code,
-        required=tokenizer,
-    )
-    check_templates([checkpoint.folder, *templates], faults)
 
 
 def check_base_values(checkpoint: CheckpointFiles, faults: list[InputError]) -> None:

@@ -112,6 +112,13 @@ def _training(figures: AdapterFigures) -> list[Finding]:
                 "so the adapter changes nothing.",
             )
         ]
+    if all(m.norm_delta == 0 and m.scale != 0 for m in modules):
+        return [
+            Finding(
+                level=Level.FAULT,
+                text=f"{name} changes nothing: A or B is zero in all {len(modules)} modules.",
+            )
+        ]
     if untrained:
         found.append(
             Finding(

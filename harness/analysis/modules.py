@@ -21,6 +21,7 @@ from harness.analysis.entries import EntryCounts, count_entries, delta_counts
 from harness.analysis.reading import AnalysedPair
 from harness.analysis.spectrum import delta_norm, factors_of, singular_values
 from harness.errors import InputError
+from harness.preflight import MOST_OF_A_FACTOR
 
 __all__ = [
     "ENERGY_RANKS",
@@ -38,6 +39,7 @@ _M = TypeVar("_M")
 #: The ranks `k` whose share of the energy is reported.
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32)
 _ENERGY_KEPT = 0.99
+_AGAIN = "train or save the adapter again; --keep-going leaves the module out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +160,7 @@ def module_figures(
     """The figures of one module, and the counts behind its distributions by `a`, `b`, `delta`.
 
     Raises:
-        InputError: a factor holds NaN or infinities; the tensor is named.
+        InputError: a factor holds NaN, infinities or an absurd size; the tensor is named.
     """
     pair = analysed.pair
     counts = {"a": count_entries(pair.a), "b": count_entries(pair.b)}
@@ -167,7 +169,19 @@ def module_figures(
             raise InputError(
                 f"tensor {name!r}: {bad} of {counts[key].total} entries are NaN or infinite",
                 where=analysed.path,
-                remedy="train or save the adapter again; --keep-going leaves the module out",
+                remedy=_AGAIN,
+            )
+    for factor, key, name in (
+        (pair.a, "a", analysed.name_a),
+        (pair.b, "b", analysed.name_b),
+    ):
+        # The counts know the largest entry but for its last digits: only then is it looked for.
+        near = counts[key].magnitude_quantiles(1.0)[0]
+        if near > MOST_OF_A_FACTOR / 2 and (most := float(factor.abs().max())) > MOST_OF_A_FACTOR:
+            raise InputError(
+                f"tensor {name!r}: holds {most:.3g}, beyond {MOST_OF_A_FACTOR:g}",
+                where=analysed.path,
+                remedy=_AGAIN,
             )
     factors = factors_of(pair)
     counts["delta"] = delta_counts(pair, exact=exact_entries)

@@ -103,20 +103,29 @@ class AnalysedAdapter:
 
 
 def open_adapter(
-    source: str | Path, *, name: str | None = None, keep_going: bool = False
+    source: str | Path,
+    *,
+    name: str | None = None,
+    keep_going: bool = False,
+    trust_remote_code: bool = False,
 ) -> AnalysedAdapter:
     """Open an adapter folder, or a hub id, for analysis; headers only.
 
     Args:
         name: how figures and plots call it; by default the folder's own name.
         keep_going: leave broken tensors and halves of pairs out, listed in `faults`.
+        trust_remote_code: accept a config by which loaders run code; none of it runs here.
 
     Raises:
         InputError: the folder cannot be had, or is broken (where *keep_going* cannot help).
     """
     found = locate_adapter("adapter", str(source), Path.cwd())
     faults: list[InputError] = []
-    files = read_adapter(found.path, faults=faults if keep_going else None)
+    files = read_adapter(
+        found.path,
+        faults=faults if keep_going else None,
+        trust_remote_code=trust_remote_code,
+    )
     notes = list(files.config.not_additive)
     if files.config.rslora:
         notes.append("rsLoRA: the scale is alpha/√r")
@@ -136,7 +145,11 @@ def open_adapter(
 
 
 def open_adapters(
-    sources: Sequence[str | Path], *, names: Sequence[str] | None = None, keep_going: bool = False
+    sources: Sequence[str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    keep_going: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[AnalysedAdapter]:
     """Open several adapters under different names; equal folder names get their parent's too.
 
@@ -150,7 +163,12 @@ def open_adapters(
             remedy="give one name an adapter, each different",
         )
     opened = [
-        open_adapter(source, name=names[i] if names else None, keep_going=keep_going)
+        open_adapter(
+            source,
+            name=names[i] if names else None,
+            keep_going=keep_going,
+            trust_remote_code=trust_remote_code,
+        )
         for i, source in enumerate(sources)
     ]
     if names:

@@ -1,8 +1,9 @@
 """How fast merging is beside `cp`, PEFT and mergekit: interleaved runs of whole processes.
 
-Writes a Qwen3-shaped bfloat16 checkpoint in shards and two all-linear adapters (r = 16 and 64),
-then merges them in turn with each contender and prints medians. The peers run in an interpreter
-of their own (`--peers`), so that they need not be installed beside the harness. Run it with
+Writes a Qwen3-shaped bfloat16 checkpoint in shards with a tokenizer of Qwen3's size, and two
+all-linear adapters (r = 16 and 64), then merges them in turn with each contender and prints
+medians. The peers run in an interpreter of their own (`--peers`), so that they need not be
+installed beside the harness. Run it with
 `python -m harness.bench.merge_speed FOLDER --peers /path/to/venv/bin/python`, and
 `python -m harness.bench.merge_speed FOLDER --memory 0.5 2 4` for the memory at several sizes.
 
@@ -144,7 +145,8 @@ def _contenders(folder: Path, peers: str | None, verify: str) -> dict[str, Conte
     known = {"XDG_CACHE_HOME": str(folder / "known")}
     found = {
         "harness": Contender(command=ours, leaves=(out,), environment=known),
-        # The first time that it meets the base, it also reads all of it for its SHA-256.
+        # The first time that it meets the base, it also reads all of it for its SHA-256 and for
+        # what is no number, and checks the tokenizer.
         "harness, first time": Contender(
             command=ours, leaves=(out, fresh), environment={"XDG_CACHE_HOME": str(fresh)}
         ),
@@ -160,10 +162,15 @@ def _contenders(folder: Path, peers: str | None, verify: str) -> dict[str, Conte
 
 
 def _write_inputs(folder: Path, *, layers: int, vocabulary: int) -> None:
-    from harness.testing.sized import write_sized_adapter, write_sized_base
+    from harness.testing.sized import (
+        write_sized_adapter,
+        write_sized_base,
+        write_sized_tokenizer,
+    )
 
     if not (folder / "base").exists():
         base = write_sized_base(folder / "base", layers=layers, vocabulary=vocabulary)
+        write_sized_tokenizer(base, vocabulary=vocabulary)
         write_sized_adapter(folder / "r16", base, layers=layers, rank=16, seed=101)
         write_sized_adapter(folder / "r64", base, layers=layers, rank=64, seed=102)
 

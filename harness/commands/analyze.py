@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.display.terminal import errors
 from harness.errors import InputError
-from harness.options import add_option
+from harness.options import FILES_TRUST_OPTION, add_option, add_options
 
 if TYPE_CHECKING:
     from harness.analysis.comparison import ComparisonFigures
@@ -59,6 +59,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave broken modules out, report the sound ones, and still exit with 2",
     )
+    add_options(parser, (FILES_TRUST_OPTION,))
     add_option(parser, "--no-plots", action="store_true", help="figures and tables alone")
     add_option(
         parser, "--output", metavar="DIR", help="a new folder for the report (runs/<time>-<id>)"
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         exact_entries=arguments.exact_entries,
         intruders=arguments.intruders,
         keep_going=arguments.keep_going,
+        trust_remote_code=arguments.trust_remote_code,
     )
     return finish(arguments, figures, folder)
 

@@ -44,5 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
         exact_entries=arguments.exact_entries,
         intruders=arguments.intruders,
         keep_going=arguments.keep_going,
+        trust_remote_code=arguments.trust_remote_code,
     )
     return finish(arguments, figures, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from harness.commands.merge import print_report
-from harness.options import add_option
+from harness.options import FILES_TRUST_OPTION, add_option, add_options
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("none", "sampled", "full"),
         help="how much is read back against float64 (sampled)",
     )
+    add_options(parser, (FILES_TRUST_OPTION,))
     add_option(parser, "--force", action="store_true", help="replace a non-empty output folder")
     add_option(parser, "--json", action="store_true", help="one JSON object on standard output")
 
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         verify=arguments.verify,
         force=arguments.force,
+        trust_remote_code=arguments.trust_remote_code,
     )
     print_report(report, limit=None, as_json=arguments.json)
     return 0

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from harness.files.file_kinds import is_there
     from harness.files.strict_json import read_json_object
+    from harness.preflight import check_stack_files
     from harness.resolve import LOCK_NAME, NO_LOCK, stack_from_options
     from harness.stack_lock import lock_faults, make_lock, write_lock
     from harness.verdict import Outcome, Verdict
@@ -44,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         outcome = Outcome.CHANGED if faults else Outcome.HELD
         evidence = tuple(str(fault) for fault in faults) or (f"every file is as {path} says",)
     else:
+        # What is locked is taken for sound from then on.
+        check_stack_files(stack, trust_remote_code=options.trust_remote_code)
         before = read_json_object(path, what="the lock file") if is_there(path) else None
         lock = make_lock(stack, before=before, progress=_progress)
         write_lock(path, lock)

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from harness.options import add_option
+from harness.options import FILES_TRUST_OPTION, add_option, add_options
 
 if TYPE_CHECKING:
     from harness.merge import MergeReport
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(
         parser, "--workers", type=int, metavar="N", help="threads; default: one a core, and one"
     )
+    add_options(parser, (FILES_TRUST_OPTION,))
     add_option(parser, "--force", action="store_true", help="replace a non-empty output folder")
     add_option(parser, "--json", action="store_true", help="one JSON object on standard output")
 
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
             verify=arguments.verify,
             max_rounding_loss=arguments.max_rounding_loss,
             force=arguments.force,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress if progress.shown else None,
         )
     except RoundingLossError as error:

@@ -143,6 +143,9 @@ def _examine(
 
     extra = {"merged": arguments.merged, "dataset": arguments.dataset, "labels": arguments.labels}
     if arguments.files_only:
+        from harness.preflight import check_stack_files
+
+        check_stack_files(stack, trust_remote_code=arguments.trust_remote_code)
         return examine_stopping((), stack=stack, **extra)
     from harness.engines import load_engine
 

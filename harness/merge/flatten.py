@@ -55,6 +55,7 @@ def flatten_adapters(
     dtype: str = "float32",
     verify: Verify = "sampled",
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Write one LoRA adapter whose delta is `Σ wᵢ·ΔWᵢ`.
 
@@ -69,6 +70,7 @@ def flatten_adapters(
         verify: `sampled` or `full` reads every factor back and compares products on some or all
             rows with float64; `none` does not.
         force: replace a non-empty output folder.
+        trust_remote_code: accept configs by which loaders run code; none of it runs here.
 
     Raises:
         InputError: anything wrong with options, inputs or the place; nothing was written.
@@ -95,7 +97,12 @@ def flatten_adapters(
     watch = Watch()
     inputs = adapter_inputs(found)
     watch.look(inputs)
-    sources = open_sources(found, [factors[a.name] for a in found], what="flattened")
+    sources = open_sources(
+        found,
+        [factors[a.name] for a in found],
+        what="flattened",
+        trust_remote_code=trust_remote_code,
+    )
     order = {name: place for place, name in enumerate(named)}
     sources = tuple(sorted(sources, key=lambda source: order[source.name]))
     _check_alike(sources)

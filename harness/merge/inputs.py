@@ -13,15 +13,16 @@ from pathlib import Path
 
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, read_adapter
+from harness.checkpoint_claims import check_claims
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
-from harness.checkpoint_tokenizer import has_tokenizer
+from harness.checkpoint_tokenizer import embedding_rows, has_tokenizer
 from harness.errors import InputError, combined
 from harness.fit import check_adapter_covers
 from harness.locating import choose_base, locate_adapters
 from harness.merge.factors import Source, open_sources
 from harness.merge.places import Watch, check_output, files_beside
 from harness.merge.targets import MERGEABLE
-from harness.preflight import check_base
+from harness.preflight import check_base_tokenizer, check_base_values, check_templates
 from harness.stack import Adapter, Base
 
 __all__ = ["MergeInputs", "adapter_inputs", "check_inputs", "open_inputs"]
@@ -66,8 +67,10 @@ def open_inputs(
         weights: what each adapter's deltas are multiplied with, by name.
 
     Raises:
-        InputError: a folder that cannot be had or is broken; an adapter that is not additive, or
-            changes nothing; two with the same weights; an *output* in an input, or in the way.
+        InputError: a folder that cannot be had or is broken; a base that does not hold what its
+            config claims (plain 8-bit floats without a word about them are numbers here); an
+            adapter that is not additive, or changes nothing; two with the same weights; an
+            *output* in an input, or in the way.
     """
     adapters = locate_adapters(named)
     watch = Watch()
@@ -81,7 +84,12 @@ def open_inputs(
     check_output(output, [base.path, *(a.path for a in adapters)], force=force)
     beside = files_beside(base.path)
     watch.look([*base.path.glob("*.safetensors"), *(base.path / name for name in beside)])
-    checkpoint = read_checkpoint(base.path)
+    faults: list[InputError] = []
+    checkpoint = read_checkpoint(base.path, faults=faults)
+    if not faults:  # what is missing was told of
+        check_claims(checkpoint, faults, trust_remote_code=trust_remote_code, plain_float8=True)
+    if faults:
+        raise combined(faults)
     watched += [shard.path for shard in checkpoint.shards]
     watched += [base.path / name for name in beside]
     watch.look(watched)
@@ -103,13 +111,13 @@ def open_inputs(
 
 
 def check_inputs(inputs: MergeInputs, *, trust_remote_code: bool) -> list[str]:
-    """Hold the parts against each other, and the base against what it claims; reads all of its
-    numbers. Returns what a reader should know and is no fault.
+    """Hold the parts against each other, and look into the base; reads all of its numbers. Returns
+    what a reader should know and is no fault.
 
     Raises:
-        InputError: whatever the preflight of `check-files` refuses in a base (but one without a
-            tokenizer, or stored as plain 8-bit floats, can be merged); an adapter that is merged
-            into it, was trained on another one, or has no weights for what it targets.
+        InputError: what `check-files` refuses in a base's numbers, tokenizer, template or settings
+            (but a base without a tokenizer can be merged); an adapter that is merged into it, was
+            trained on another one, or has no weights for what it targets.
     """
     base, checkpoint, adapters = inputs.base, inputs.checkpoint, inputs.adapters
     notes = _check_claims(base, adapters, checkpoint)
@@ -117,14 +125,15 @@ def check_inputs(inputs: MergeInputs, *, trust_remote_code: bool) -> list[str]:
     files = {source.name: source.files for source in inputs.sources}
     for adapter in adapters:
         check_adapter_covers(adapter, files[adapter.name], checkpoint, base, faults)
-    check_base(
-        checkpoint,
+    check_base_values(checkpoint, faults)
+    check_base_tokenizer(
+        checkpoint.folder,
+        embedding_rows(checkpoint),
         faults,
         trust_remote_code=trust_remote_code,
-        tokenizer=False,
-        plain_float8=True,
-        templates=[adapter.path for adapter in reversed(adapters)],
+        required=False,
     )
+    check_templates([checkpoint.folder, *(a.path for a in reversed(adapters))], faults)
     if faults:
         raise combined(faults)
     if not has_tokenizer(checkpoint.folder):

@@ -142,7 +142,7 @@ def make_plan(checkpoint: CheckpointFiles, placement: Placement, *, dtype: str |
         if stored not in FLOATS:
             raise InputError(
                 f"{name!r} is stored as {stored}, which is quantised",
-                where=checkpoint.folder,
+                where=checkpoint.places[name].path,
                 remedy="merge into the unquantised base",
             )
     untied = embedding is not None and bool({_HEAD, embedding} & changed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from harness.adapter_files import KEY_PREFIX, unwrapped
 from harness.checkpoint_files import CheckpointFiles
-from harness.errors import InputError
+from harness.errors import InputError, quoted
 from harness.files.tensor_files import TensorEntry, TensorFile, same_bytes
 from harness.merge.factors import Source, Term
 from harness.merge.strategies import Kind, Strategy
@@ -154,8 +154,8 @@ def _weight_of(checkpoint: CheckpointFiles, term: Term, module: str | None = Non
     name = checkpoint.weight_name(module)
     if name is None:
         raise InputError(
-            f"has no tensor '{module}.weight', which {term.source.name} adapts",
-            where=checkpoint.folder,
+            f"module {quoted(module)}: is not in the base {checkpoint.folder}",
+            where=term.source.files.tensors.path,
             remedy="give the base that the adapter was trained on",
         )
     _check_shape(checkpoint, name, term, term.shape)

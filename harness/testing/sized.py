@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["write_sized_adapter", "write_sized_base"]
+__all__ = ["write_sized_adapter", "write_sized_base", "write_sized_tokenizer"]
 
 _HIDDEN, _WIDE, _KV, _VOCABULARY, _HEAD = 2048, 6144, 1024, 151936, 128
 _MODULES = {
@@ -49,6 +49,7 @@ def write_sized_base(folder: Path, *, layers: int, vocabulary: int = _VOCABULARY
     total = sum(2 * int(np.prod(s)) for t in shards for s in t.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    end = min(151643, vocabulary - 1)
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16",
         "hidden_size": _HIDDEN, "intermediate_size": _WIDE, "num_hidden_layers": layers,
@@ -56,11 +57,33 @@ def write_sized_base(folder: Path, *, layers: int, vocabulary: int = _VOCABULARY
         "head_dim": _HEAD, "vocab_size": vocabulary, "tie_word_embeddings": True,
         "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "eos_token_id": 151643, "bos_token_id": 151643,
+        "eos_token_id": end, "bos_token_id": end,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 151643}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     return folder
+
+
+def write_sized_tokenizer(folder: Path, *, vocabulary: int = _VOCABULARY) -> None:
+    """Beside a base: `tokenizer.json` and a template as large as Qwen3's (11 MB), for what reading
+    them costs; no text can be tokenized with it."""
+    words = [f"{number * 2654435761 % 2**32:08x}"[: 3 + number % 6] + f"{number:x}" for number
+             in range(vocabulary - 293)]  # fmt: skip
+    added = [
+        {"id": len(words) + number, "content": f"<|{number}|>", "special": True, "lstrip": False,
+         "rstrip": False, "single_word": False, "normalized": False}
+        for number in range(26)
+    ]  # fmt: skip
+    model = {
+        "type": "BPE", "vocab": {word: number for number, word in enumerate(words)},
+        "merges": [[word[:2], word[2:]] for word in words],
+    }  # fmt: skip
+    tokenizer = {"version": "1.0", "added_tokens": added, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2))
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|0|>{{ message.role }}\n{{ message.content }}<|1|>\n"
+        "{% endfor %}" + "{# as long as others #}" * 200
+    )
 
 
 def write_sized_adapter(folder: Path, base: Path, *, layers: int, rank: int, seed: int) -> Path:

@@ -7,45 +7,7 @@ import threading
 import pytest
 
 from harness.cli import main
-from harness.tests.hostile import base_rows, config_rows, stack_rows, tensors_rows, weights_rows
-from harness.tests.hostile.folders import Folders
-
-GROUPS = {
-    "weights": weights_rows.ROWS,
-    "tensors": tensors_rows.ROWS,
-    "config": config_rows.ROWS,
-    "base": base_rows.ROWS,
-    "stack": stack_rows.ROWS,
-}
-ROWS = [(f"{group}: {row[0]}", *row[1:]) for group, rows in GROUPS.items() for row in rows]
-
-
-@pytest.fixture(scope="session")
-def sound_folders(tiny, tmp_path_factory):
-    """The tiny stack's folders side by side, without a claim about the base."""
-    import shutil
-
-    root = tmp_path_factory.mktemp("sound")
-    shutil.copytree(tiny.base, root / "base")
-    for name, folder in tiny.adapters.items():
-        shutil.copytree(folder, root / name)
-        Folders.json(_At(root), f"{name}/adapter_config.json", base_model_name_or_path="../base")
-    return root
-
-
-class _At:
-    def __init__(self, root):
-        self.root = root
-
-
-@pytest.fixture
-def folders(sound_folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
-    # A child's limits on processor time: what hangs, hangs for less.
-    monkeypatch.setattr("harness.files.patterns._CPU_SECONDS", 1)
-    monkeypatch.setattr("harness.template_probe._CPU_SECONDS", 1)
-    return Folders(tmp_path / "case", sound_folders)
+from harness.tests.hostile.rows import ROWS
 
 
 def test_there_are_150_rows_and_no_two_alike():
