@@ -6,6 +6,7 @@ Values and the pure rules over them. Knows nothing of files, PEFT, torch or pyte
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from harness.shape import Shape
 
 __all__ = [
     "BASE_MODE",
+    "MOST_OF_A_WEIGHT",
     "STACKED_MODE",
     "Adapter",
     "AdapterStack",
@@ -25,10 +27,13 @@ __all__ = [
     "check_adapter_name",
     "default_modes",
     "parse_modes",
+    "weight_fault",
 ]
 
 BASE_MODE = "base"
 STACKED_MODE = "stacked"
+#: The most that an adapter's weight may be; those in use are below 10.
+MOST_OF_A_WEIGHT = 1e4
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 # What `torch.nn.ModuleDict` calls its own, of the names that `_NAME` lets through; written down
@@ -266,10 +271,21 @@ def _weight(text: str, expression: str) -> float:
         weight = float(text)
     except ValueError:
         weight = float("nan")
-    if weight != weight or weight in (float("inf"), float("-inf")):
+    if fault := weight_fault(weight, text):
         raise InputError(
-            f"{text!r} in {expression!r} is not a finite number",
-            where="--modes",
-            remedy="write a weight as style*0.5",
+            f"{expression!r}: {fault}", where="--modes", remedy="write a weight as style*0.5"
         )
     return weight
+
+
+def weight_fault(weight: float, text: object = None) -> str | None:
+    """What is wrong with an adapter's weight, as the user wrote it (*text*); None for a sound one.
+
+    As with `lora_alpha`, a weight beyond `MOST_OF_A_WEIGHT` makes every logit noise, or infinite.
+    """
+    written = repr(weight if text is None else text)
+    if not math.isfinite(weight):
+        return f"{written} is not a finite number"
+    if abs(weight) > MOST_OF_A_WEIGHT:
+        return f"the weight {written} is beyond {MOST_OF_A_WEIGHT:g}"
+    return None

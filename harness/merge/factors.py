@@ -8,7 +8,6 @@ bases, strategies' arithmetic or outputs.
 from __future__ import annotations
 
 import hashlib
-import math
 import mmap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from harness.files.tensor_files import TensorEntry
 from harness.fit import check_adapters_together
 from harness.merge.storage import RAW, decode
 from harness.preflight import check_adapter_values
-from harness.stack import Adapter
+from harness.stack import Adapter, weight_fault
 
 __all__ = ["Source", "Term", "adapter_names", "check_weights", "open_sources", "terms_by_module"]
 
@@ -179,7 +178,7 @@ def check_weights(
     """One finite weight an adapter, in the order of *names*; 1 each if None.
 
     Raises:
-        InputError: another number of weights than adapters, or NaN or infinity among them.
+        InputError: another number of weights than adapters; NaN, infinity or an absurd size.
     """
     if weights is None:
         return (1.0,) * len(names)
@@ -190,10 +189,8 @@ def check_weights(
             remedy="give one number an adapter, in the order of --adapters",
         )
     for name, weight in zip(names, weights, strict=True):
-        if not math.isfinite(weight):
-            raise InputError(
-                f"{weight} for {name} is not a finite number", where=where, remedy="e.g. 0.7 0.3"
-            )
+        if fault := weight_fault(weight):
+            raise InputError(f"{name}: {fault}", where=where, remedy="e.g. 0.7 0.3")
     return tuple(float(weight) for weight in weights)
 
 

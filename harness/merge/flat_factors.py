@@ -8,6 +8,7 @@ number and size. Knows nothing of configs, reports or folders.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from harness.merge.factors import Term
 from harness.merge.proof import ProofError, TensorLedger, Verify
 from harness.merge.rules import thin_svd
 from harness.merge.storage import RAW, decode, encode
+from harness.preflight import MOST_OF_A_FACTOR
 
 __all__ = ["FlatModule", "Loss", "flat_modules", "prove_factors", "stored_bytes", "write_factors"]
 
@@ -191,7 +193,14 @@ def _write_head(file: BinaryIO, modules: Sequence[FlatModule], rank: int, dtype:
 
 def _encoded(factor: Array, dtype: str, key: str) -> memoryview:
     raw = encode(factor, dtype)
-    if not np.isfinite(decode(raw, dtype, np.float64)).all():
+    most = float(np.abs(decode(raw, dtype, np.float64)).max(initial=0))
+    if MOST_OF_A_FACTOR < most < math.inf:
+        raise InputError(
+            f"{key!r}: would hold {most:.3g}, beyond {MOST_OF_A_FACTOR:g}",
+            where="--weights",
+            remedy="choose smaller ones, and look at the adapters' lora_alpha",
+        )
+    if not math.isfinite(most):
         raise InputError(
             f"{key!r}: a number does not fit into {dtype}",
             where="--dtype",

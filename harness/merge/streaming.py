@@ -7,6 +7,7 @@ does it. Knows nothing of options, reports or how the folder gets its final name
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import Counter
@@ -25,7 +26,8 @@ from harness.merge.kernel import ROWS, Scratch, add_block
 from harness.merge.outputs import OutputFile, Pen, copy_range, read_into
 from harness.merge.plan import MergePlan, OutputTensor, ShardPlan
 from harness.merge.recipe import Recipe, make_delta, splittable
-from harness.merge.storage import RAW, decode, encode
+from harness.merge.storage import RAW, accumulator, decode, encode, largest
+from harness.preflight import MOST_OF_A_BASE
 
 __all__ = ["Flusher", "Progress", "default_workers", "write_shards"]
 
@@ -36,6 +38,8 @@ Progress = Callable[[int, int], None]
 _CHUNK_ROWS = 32 * ROWS
 _COPY_BYTES = 64 << 20
 _CONVERT_ENTRIES = 1 << 19
+#: Deltas that stay below cannot make a sound base unsound: what they make is not looked at again.
+_USUAL = 1e3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,12 +265,8 @@ class _Worker(threading.local):
         columns = tensor.shape[1]
         wide = columns * DTYPE_BYTES[tensor.source.dtype]
         written = columns * DTYPE_BYTES[tensor.dtype]
-
-        def check(result: Array) -> None:
-            values = decode(result, tensor.dtype, np.float32)
-            if not np.isfinite(values).all():
-                raise _overflow(tensor)
-
+        narrow = tensor.dtype not in ("F64", "F32", "BF16")
+        watched = narrow or not delta.bound <= _USUAL  # NaN is not usual either
         self.pen.at(output, tensor.start + rows.start * written)
         for first in range(rows.start, rows.stop, ROWS):
             self._go_on()
@@ -277,10 +277,12 @@ class _Worker(threading.local):
             inside = slice(first - rows.start, last - rows.start)
             result = add_block(
                 raw, delta, inside, self.scratch,
-                stored=tensor.source.dtype, wanted=tensor.dtype, check=check,
+                stored=tensor.source.dtype, wanted=tensor.dtype,
                 scale=None if tensor.scale is None
                 else tensor.scale.rows(slice(first, last), columns),
             )  # fmt: skip
+            if watched:
+                _check_size(result, tensor)
             if result is raw:
                 self.pen.wrote(len(space))
             else:
@@ -306,9 +308,7 @@ class _Worker(threading.local):
             raw = np.frombuffer(space, RAW[tensor.source.dtype]).reshape(-1, columns)
             numbers = decode(raw, tensor.source.dtype, np.float32) * scale.rows(some, columns)
             result = encode(numbers, tensor.dtype)
-            back = decode(result, tensor.dtype, np.float32)
-            if (~np.isfinite(back) & np.isfinite(numbers)).any():
-                raise _overflow(tensor)
+            _check_size(result, tensor)
             self.pen.put(result.data.cast("B"))
         self.pen.end()
 
@@ -326,16 +326,26 @@ class _Worker(threading.local):
                 np.frombuffer(space, RAW[tensor.source.dtype]), tensor.source.dtype, into
             )
             result = encode(numbers, tensor.dtype)
-            back = decode(result, tensor.dtype, into)
-            if (~np.isfinite(back) & np.isfinite(numbers)).any():
-                raise _overflow(tensor)
+            _check_size(result, tensor)
             self.pen.put(result.data.cast("B"))
         self.pen.end()
 
 
-def _overflow(tensor: OutputTensor) -> InputError:
-    return InputError(
-        f"{tensor.name!r}: a number does not fit into {tensor.dtype}",
-        where="--dtype",
-        remedy="choose bfloat16 or float32",
+def _check_size(result: Array, tensor: OutputTensor) -> None:
+    """Refuse what the dtype cannot hold, and what no model computes with: the base was found to be
+    neither, so it is the dtype or the weights."""
+    # Wider than the dtype, so that 1e300 is no infinity of this check's own making.
+    most = float(np.abs(decode(result, tensor.dtype, accumulator(tensor.dtype))).max(initial=0))
+    if most <= MOST_OF_A_BASE:
+        return
+    if not math.isfinite(most) and largest(tensor.dtype) <= MOST_OF_A_BASE:
+        raise InputError(
+            f"{tensor.name!r}: a number does not fit into {tensor.dtype}",
+            where="--dtype",
+            remedy="choose bfloat16 or float32",
+        )
+    raise InputError(
+        f"{tensor.name!r}: would hold {most:.3g}, beyond {MOST_OF_A_BASE:g}",
+        where="--weights",
+        remedy="choose smaller ones, and look at the adapters' lora_alpha",
     )

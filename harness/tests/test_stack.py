@@ -34,9 +34,10 @@ def test_expression_can_be_named():
     ("expressions", "complaint"),
     [
         (["styel"], "unknown mode or adapter 'styel'"),
-        (["style*x"], "'x' in 'style\\*x' is not a finite number"),
+        (["style*x"], "'style\\*x': 'x' is not a finite number"),
         (["style*nan"], "not a finite number"),
         (["style*inf"], "not a finite number"),
+        (["style*-1e5"], "the weight '-1e5' is beyond 10000"),
         (["style+style"], "named twice"),
         (["base", "base"], "named twice"),
         (["base=style"], "cannot name a subset"),

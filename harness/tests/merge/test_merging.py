@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from harness import InputError, merge_lora_adapters
 from harness.checkpoint_files import read_checkpoint
-from harness.merge import ProofError, RoundingLossError, StrategyOptions
+from harness.merge import ProofError, RoundingLossError, StrategyOptions, flatten_adapters
 from harness.merge.storage import DTYPE_NAMES, RAW, decode, encode
 
 _NEW_FILES = {"README.md", "merge_proof.json", "merge_report.md"}
@@ -347,8 +348,6 @@ def test_what_is_not_additive_is_refused_with_its_reason(tiny, tmp_path, adapter
 
 
 def test_nan_in_an_adapter_is_refused(tiny, tmp_path, adapter_copy):
-    from safetensors.numpy import load_file, save_file
-
     folder = adapter_copy()
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in tensors if "lora_B" in name)
@@ -370,13 +369,32 @@ def test_a_quantised_base_is_refused(tiny, tmp_path):
         merge_lora_adapters(base, tiny.adapters, tmp_path / "out")
 
 
-def test_a_result_too_large_for_float16_is_refused(tiny, tmp_path):
-    with pytest.raises(InputError, match="does not fit into F16"):
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate_proj.weight", "model.norm.weight"])
+def test_a_result_too_large_for_float16_is_refused(tiny, adapter_copy, tmp_path, name):
+    base, style = tmp_path / "base", adapter_copy(base_model_name_or_path=None)
+    shutil.copytree(tiny.base, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[0] = 1e5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{name}': a number does not fit into F16"):
+        merge_lora_adapters(base, [style], tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strategy", ["weighted", "ties", "svd"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_result_that_no_model_computes_with_is_refused(
+    tiny, adapter_copy, tmp_path, strategy, dtype
+):
+    style, out = adapter_copy(lora_alpha=9000 * 4), tmp_path / "out"
+    adapters = [style, tiny.adapters["instruct"]]
+    with pytest.raises(InputError, match=r"weight': would hold [0-9.e+]+, beyond 1e\+06 → choose"):
         merge_lora_adapters(
-            tiny.base, tiny.adapters, tmp_path / "out",
-            merge_strategy="weighted", weights=[1e7, 1.0], dtype="float16",
-        )  # fmt: skip
-    assert list(tmp_path.iterdir()) == []
+            tiny.base, adapters, out, merge_strategy=strategy, weights=[9000, 1], dtype=dtype
+        )
+    with pytest.raises(InputError, match=r"would hold [0-9.e+]+, beyond 10000 → choose smaller"):
+        flatten_adapters(adapters, out, weights=[9000, 1], dtype=dtype)
+    assert not out.exists()
 
 
 def test_weights_of_other_formats_and_hidden_files_are_not_carried_along(tiny, tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from harness.merge.kernel import FactoredDelta, Scratch, add_block
+from harness.merge.kernel import DenseDelta, FactoredDelta, Scratch, add_block
 from harness.merge.storage import RAW, decode, encode
 
 _TORCH = {
@@ -77,9 +78,7 @@ def test_the_paired_kernel_is_the_plain_sum_rounded(shape: tuple[int, int]) -> N
     delta = FactoredDelta(left, right, "BF16")
     assert delta.paired
     every = slice(0, rows)
-    merged = add_block(
-        base.copy(), delta, every, Scratch(), stored="BF16", wanted="BF16", check=print
-    )
+    merged = add_block(base.copy(), delta, every, Scratch(), stored="BF16", wanted="BF16")
     wanted = decode(base, "BF16", np.float64) + left.astype(np.float64) @ right
     nearest = encode(wanted, "BF16")
     assert np.mean(merged == nearest) > 0.999
@@ -95,8 +94,22 @@ def test_the_paired_kernel_rounds_ties_to_even_and_keeps_nan_and_infinity() -> N
     half = np.full((1, 6), step / 2, np.float32)
     half[0, 5] = -step / 2
     delta = FactoredDelta(np.ones((1, 1)), half, "BF16")
-    merged = add_block(
-        base, delta, slice(0, 1), Scratch(), stored="BF16", wanted="BF16", check=print
-    )
+    merged = add_block(base, delta, slice(0, 1), Scratch(), stored="BF16", wanted="BF16")
     values = decode(merged, "BF16", np.float32)[0]
     np.testing.assert_array_equal(values, [1.0, 1 + 2 * step, np.nan, np.inf, -np.inf, -1.0])
+
+
+@given(
+    left=arrays(np.float32, (3, 2), elements=st.floats(-1e4, 1e4, width=32)),
+    right=arrays(np.float32, (2, 4), elements=st.floats(-1e4, 1e4, width=32)),
+)
+def test_no_entry_of_a_delta_is_larger_than_its_bound(left, right) -> None:
+    product = np.abs(left.astype(np.float64) @ right).max()
+    assert product <= FactoredDelta(left, right, "BF16").bound * (1 + 1e-6)
+    assert DenseDelta(left @ right).bound == np.abs(left @ right).max()
+
+
+def test_a_delta_that_is_no_number_has_no_bound() -> None:
+    left, right = np.full((1, 1), np.inf, np.float32), np.zeros((1, 2), np.float32)
+    assert not FactoredDelta(left, right, "BF16").bound <= 1e30
+    assert not DenseDelta(np.array([[np.nan, 1.0]])).bound <= 1e30
