@@ -16,7 +16,7 @@ from typing import Any
 from harness.adapter_settings import AdapterConfig
 from harness.errors import InputError, combined, gathering, quoted
 from harness.files.config_fields import FieldReader, field_name
-from harness.files.file_kinds import is_folder, is_there
+from harness.files.file_kinds import is_folder, is_systems, is_there
 from harness.files.strict_json import read_json_object
 
 __all__ = [
@@ -265,7 +265,7 @@ def _base_claim(raw: Mapping[str, Any], read: FieldReader) -> str | None:
         fault = "is a URL; nothing is fetched from it"
     elif "\0" in claim or len(claim) > 4096:
         fault = "can be no path"
-    elif parts[:2] in (["", "dev"], ["", "proc"], ["", "sys"]) and parts[2:3] != ["shm"]:
+    elif is_systems("/".join([*parts, ""])):
         fault = "lies in the system's own folders"
     elif ".." in parts[steps:]:
         fault = "climbs out of a folder that it goes into"

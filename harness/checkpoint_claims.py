@@ -194,7 +194,8 @@ def _check_shape(
     shard = checkpoint.places.get(name)
     if shard is None:
         where: Path = checkpoint.folder
-        fault = f"tensor {quoted(name)}: is missing; transformers would draw it at random"
+        instead = "fill it with zeros" if name.endswith(".bias") else "draw it at random"
+        fault = f"tensor {quoted(name)}: is missing; transformers would {instead}"
     else:
         where, found = shard.path, list(shard.entries[name].shape)
         if found == shape:

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import stat
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InputError
+from harness.files.file_kinds import open_regular
 from harness.files.staging import staged_bytes, write_bytes
 
 __all__ = [
@@ -321,15 +321,10 @@ def _unpacked(data: bytes) -> list[_Half]:
 def _read(path: Path) -> bytes | None:
     """The file's bytes; None if it is not there."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open_regular(path) as file:
+            return file.read()
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        reason = errno.EISDIR if path.is_dir() else errno.EINVAL  # a pipe would wait for ever
-        raise OSError(reason, os.strerror(reason) if path.is_dir() else "is no regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read()
 
 
 @contextlib.contextmanager

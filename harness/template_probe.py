@@ -8,6 +8,7 @@ of tokenizers.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ _WALL_SECONDS = 120  # a stopped or starved child; processor time is the bound t
 _MEMORY = 1 << 30
 _MOST_OUTPUT = 1 << 20
 _REMEDY = "copy the template that belongs to the tokenizer"
+_AGAIN = "free some memory, and try again"
 # The environment is transformers' own (`utils/chat_template_utils.py`), without its functions'
 # effects. What a template itself raises is an answer ("system is not supported"), no fault.
 _CHILD = """
@@ -32,7 +34,7 @@ import jinja2, jinja2.ext, jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 cpu, memory, most = map(int, sys.argv[1:])
 cpu += math.ceil(time.process_time())  # what starting took, slow under an emulator, is not its own
-resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))  # the first by SIGXCPU
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 class Generation(jinja2.ext.Extension):
@@ -129,10 +131,12 @@ def check_template(template: str, path: Path, faults: list[InputError]) -> None:
         "unsafe": f"chat_template: reaches past the sandbox: {text}",
         "large": f"chat_template: makes more than {_MOST_OUTPUT} characters, or takes more than "
         f"{_MEMORY >> 20} MiB, for a prompt of one word",
+        "killed": f"chat_template: could not be tried, its process was ended by signal {text}",
         "slow": f"chat_template: takes more than {_CPU_SECONDS} seconds for a prompt of one word",
     }
     if kind in words:
-        faults.append(InputError(words[kind], where=path, remedy=_REMEDY))
+        remedy = _AGAIN if kind == "killed" else _REMEDY
+        faults.append(InputError(words[kind], where=path, remedy=remedy))
 
 
 def _tried(template: str) -> tuple[str, str]:
@@ -159,6 +163,8 @@ def _tried(template: str) -> tuple[str, str]:
         return "slow", ""
     try:
         kind, text = json.loads(child.stdout)
-    except ValueError:  # the limit on processor time ends the child by a signal
-        return ("slow", "") if child.returncode < 0 else ("large", "")
+    except ValueError:
+        if child.returncode == -signal.SIGXCPU:
+            return "slow", ""
+        return ("killed", str(-child.returncode)) if child.returncode < 0 else ("large", "")
     return kind, text

@@ -11,12 +11,15 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-from harness.errors import InputError
+from harness.errors import HarnessError, InputError
 from harness.files.staging import write_text
 
 __all__ = ["cache_folder", "combined_digest", "file_digests", "text_digest"]
@@ -24,6 +27,7 @@ __all__ = ["cache_folder", "combined_digest", "file_digests", "text_digest"]
 _WORTH_REMEMBERING = 1 << 20  # bytes; below, reading is as quick as looking it up
 _SETTLED_NS = 2_000_000_000  # a file written this recently can change within one clock tick
 _WORKERS = 4
+_BLOCK_BYTES = 1 << 18
 
 
 def cache_folder(name: str) -> Path:
@@ -34,7 +38,10 @@ def cache_folder(name: str) -> Path:
 
 
 def file_digests(
-    paths: Iterable[Path], *, progress: Callable[[int, int], None] | None = None
+    paths: Iterable[Path],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[Path, str]:
     """The SHA-256 (hex) of each file's contents, in the order given.
 
@@ -42,17 +49,24 @@ def file_digests(
 
     Args:
         progress: called with the number of files done and in all.
+        stop: once it is set, nothing more is read.
 
     Raises:
         InputError: a file that is absent or cannot be read.
+        HarnessError: *stop* was set.
     """
     wanted = list(dict.fromkeys(paths))
     found: dict[Path, str] = {}
+    stop = stop or threading.Event()
     with ThreadPoolExecutor(max_workers=min(_WORKERS, os.cpu_count() or 1)) as pool:
-        for path, digest in zip(wanted, pool.map(_digest, wanted), strict=True):
-            found[path] = digest
-            if progress is not None:
-                progress(len(found), len(wanted))
+        try:
+            for path, digest in zip(wanted, pool.map(partial(_digest, stop), wanted), strict=True):
+                found[path] = digest
+                if progress is not None:
+                    progress(len(found), len(wanted))
+        except BaseException:
+            stop.set()  # Ctrl-C: what is being read is not read to its end
+            raise
     return found
 
 
@@ -67,7 +81,7 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def _digest(stop: threading.Event, path: Path) -> str:
     try:
         real = path.resolve(strict=True)
         before = _stamp(real)
@@ -80,8 +94,8 @@ def _digest(path: Path) -> str:
         # As git's index does: what may still change, while it is read or after, without its stamp
         # showing it is not remembered.
         settled = time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) > _SETTLED_NS
-        with real.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with real.open("rb", buffering=0) as file:
+            digest = _hashed(file, stop)
         after = _stamp(real)
     except OSError as error:
         raise InputError(
@@ -91,6 +105,15 @@ def _digest(path: Path) -> str:
         with contextlib.suppress(InputError):  # no place for a cache: read again next time
             write_text(memory, json.dumps({"path": str(real), **after, "sha256": digest}))
     return digest
+
+
+def _hashed(file: BinaryIO, stop: threading.Event) -> str:
+    sha256, space = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    while count := file.readinto(space):  # type: ignore[attr-defined]
+        if stop.is_set():
+            raise HarnessError("was stopped before all was read")
+        sha256.update(space[:count])
+    return sha256.hexdigest()
 
 
 def _stamp(path: Path) -> dict[str, int]:

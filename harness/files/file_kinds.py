@@ -5,13 +5,22 @@ Knows nothing of what is expected to be in it.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from harness.errors import InputError
 
-__all__ = ["foreign_format", "is_folder", "is_there", "regular_file"]
+__all__ = [
+    "foreign_format",
+    "is_folder",
+    "is_systems",
+    "is_there",
+    "open_regular",
+    "regular_file",
+]
 
 _SYSTEM_FOLDERS = ("/dev/", "/proc/", "/sys/")
 _MEMORY_FOLDER = "/dev/shm/"  # files of users' own, in memory: models lie there, and TMPDIR
@@ -52,11 +61,38 @@ def regular_file(path: Path, *, what: str, remedy: str | None = None) -> Path:
         raise InputError(fault, where=path, remedy=remedy) from error
     if not stat.S_ISREG(mode):
         raise InputError(f"{what} is {_kind(mode)}, not a regular file", where=path, remedy=remedy)
-    if real.startswith(_SYSTEM_FOLDERS) and not real.startswith(_MEMORY_FOLDER):
+    if is_systems(real):
         raise InputError(
             f"{what} is a link to {real}, which is the system's", where=path, remedy=remedy
         )
     return path
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file at *path*, open to be read. What is opened is looked at, not the path: between two
+    looks at a path, a writer puts a file there or takes it away.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, pipe, socket or device.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise OSError(errno.EINVAL, "is no regular file") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise OSError(errno.EINVAL, "is no regular file")
+
+
+def is_systems(path: str) -> bool:
+    """Whether the absolute *path* lies in one of the system's own folders."""
+    return path.startswith(_SYSTEM_FOLDERS) and not path.startswith(_MEMORY_FOLDER)
 
 
 def is_link(path: Path) -> bool:

@@ -7,9 +7,12 @@ be copied. Knows nothing of strategies' arithmetic or of how the output is writt
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, read_adapter
@@ -17,6 +20,7 @@ from harness.checkpoint_claims import check_claims
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.checkpoint_tokenizer import embedding_rows, has_tokenizer
 from harness.errors import InputError, combined
+from harness.files.digests import file_digests
 from harness.fit import check_adapter_covers
 from harness.locating import choose_base, locate_adapters
 from harness.merge.factors import Source, open_sources
@@ -25,7 +29,7 @@ from harness.merge.targets import MERGEABLE
 from harness.preflight import check_base_tokenizer, check_base_values, check_templates
 from harness.stack import Adapter, Base
 
-__all__ = ["MergeInputs", "adapter_inputs", "check_inputs", "open_inputs"]
+__all__ = ["Hashing", "MergeInputs", "adapter_inputs", "check_inputs", "open_inputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,27 @@ class MergeInputs:
     def check_unchanged(self) -> None:
         """Raises `HarnessError` if one of the files is not what was read."""
         self.watch.check(self.watched)
+
+
+class Hashing:
+    """The SHA-256 of files: remembered from an earlier run, or read on a core's spare time while
+    others compute. Leaving the block ends it, whatever is left to read."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
+        self._digests = self._pool.submit(file_digests, list(paths), stop=self._stop)
+
+    def result(self) -> dict[Path, str]:
+        """The digests (hex) by file, once all are read; raises as `file_digests`."""
+        return self._digests.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True)
 
 
 def open_inputs(

@@ -11,7 +11,6 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from harness.files.digests import file_digests
 from harness.files.staging import staged_folder
 from harness.files.strict_json import read_json_object
 from harness.merge.factors import Source, adapter_names, check_weights
-from harness.merge.inputs import check_inputs, open_inputs
+from harness.merge.inputs import Hashing, check_inputs, open_inputs
 from harness.merge.places import check_space, copy_beside
 from harness.merge.plan import MergePlan, changed_config, changed_index, make_plan
 from harness.merge.proof import Verify, prove
@@ -125,11 +124,9 @@ def merge_lora_adapters(
     threads = workers or default_workers()
     with (
         staged_folder(target, replace=force) as staged,
-        ThreadPoolExecutor(1) as aside,
+        Hashing(shard.path for shard in checkpoint.shards) as hashing,
         Flusher() as flusher,
     ):
-        # Remembered from an earlier run, or read on a core's spare time while the shards are made.
-        hashing = aside.submit(file_digests, [shard.path for shard in checkpoint.shards])
         copy_beside(checkpoint.folder, staged, inputs.beside)
         notes += _write_texts(staged, checkpoint, plan, inputs.adapters)
         write_shards(staged, plan, recipe, workers=threads, flusher=flusher, progress=progress)

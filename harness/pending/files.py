@@ -7,17 +7,15 @@ who shows them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from harness.errors import InputError
+from harness.files.file_kinds import open_regular
 from harness.files.staging import write_bytes
 from harness.files.strict_json import parse_json_object
 from harness.pending.form import (
@@ -135,8 +133,8 @@ def record_case(root: Path, case: Case) -> Path:
 
 def _lies_there(path: Path, data: bytes) -> bool:
     """Whether *data* is recorded already; if so, it counts as recorded now."""
-    with contextlib.suppress(OSError, InputError):  # no file, or gone between two steps
-        with _opened(path) as file:
+    with contextlib.suppress(OSError):  # no file, or gone between two steps
+        with open_regular(path) as file:
             same = file.read() == data
         if same:
             os.utime(path)
@@ -209,7 +207,7 @@ def read_case(record: Record) -> Case:
         InputError: the file is broken, or was recorded anew since *record* was read.
     """
     try:
-        with _opened(record.path) as file:
+        with open_regular(record.path) as file:
             header, _, details = file.read().partition(b"\n")
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=record.path) from error
@@ -239,7 +237,7 @@ def _files(folder: str | Path, name: str) -> Iterator[tuple[os.DirEntry[str], st
 
 
 def _run(path: Path) -> Run:
-    with _opened(path) as file:
+    with open_regular(path) as file:
         data, written = file.read(), os.fstat(file.fileno()).st_mtime
     raw = parse_json_object(data, where=path)
     conditions = raw.get("conditions")
@@ -254,29 +252,9 @@ def _run(path: Path) -> Run:
 
 def _record(entry: os.DirEntry[str], name: str) -> Record:
     path = Path(entry.path)
-    with _opened(path) as file:
+    with open_regular(path) as file:
         line = file.readline(_HEADER_BYTES)
         written = os.fstat(file.fileno()).st_mtime
     if not line.endswith(b"\n"):
         raise InputError("its first line does not end", where=path)
     return read_header(line[:-1], path=path, name=name, written=written)
-
-
-def _opened(path: Path) -> BinaryIO:
-    """The file at *path*, open to be read. What is opened is looked at, not the path: between two
-    looks at a path, a writer puts a file there or takes it away.
-
-    Raises:
-        InputError: a folder, pipe, socket or device.
-        OSError: it cannot be opened; `FileNotFoundError` where nothing is there.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
-            raise InputError("is not a regular file", where=path) from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError("is not a regular file", where=path)
-    return os.fdopen(descriptor, "rb")

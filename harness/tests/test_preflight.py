@@ -281,6 +281,41 @@ def test_a_child_that_stands_still_is_not_waited_for(folders, monkeypatch, capsy
     assert "chat_template.jinja: chat_template: takes more than" in capsys.readouterr().err
 
 
+def test_a_child_that_the_system_ended_is_not_called_slow(folders, monkeypatch, capsys):
+    import subprocess
+
+    def ended(words, **_):
+        return subprocess.CompletedProcess(words, returncode=-9, stdout="")
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    (folders.base / "chat_template.jinja").write_text("{{ 'not tried out before either' }}")
+    assert main(["check-files", str(folders.base)]) == 2
+    told = capsys.readouterr().err
+    assert "could not be tried, its process was ended by signal 9 → free some memory" in told
+
+
+def test_a_template_that_was_found_sound_is_not_tried_again(folders, monkeypatch, tmp_path):
+    from harness import preflight
+    from harness.files import soundness
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folders.base / "chat_template.jinja").write_text("{{ 'tried out once' }}")
+    tried, real = [], preflight.check_template
+    monkeypatch.setattr(
+        preflight, "check_template", lambda *given: tried.append(given) or real(*given)
+    )
+    for _ in range(2):
+        soundness.forget()
+        preflight.check_templates([folders.base], [])
+    assert len(tried) == 1
+    (folders.base / "chat_template.jinja").write_text("{% broken")
+    for _ in range(2):
+        faults = []
+        preflight.check_templates([folders.base], faults)
+        assert len(faults) == 1
+    assert len(tried) == 3
+
+
 def test_a_template_does_not_pay_for_a_slow_start_of_its_child(monkeypatch):
     from harness import template_probe
 

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import threading
+from pathlib import Path
 
 import pytest
 
-from harness.errors import InputError
+from harness.errors import HarnessError, InputError
 from harness.files import digests
 from harness.files.digests import cache_folder, combined_digest, file_digests
 
@@ -51,7 +53,7 @@ def test_large_file_is_read_once(large, monkeypatch, memory):
     settle(monkeypatch)
     expected = file_digests([large])[large]
     assert len(list(memory.iterdir())) == 1
-    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(digests, "_hashed", lambda *_: pytest.fail("read again"))
     assert file_digests([large])[large] == expected == sha(large)
 
 
@@ -85,13 +87,13 @@ def test_file_written_just_now_is_not_remembered(large, memory, monkeypatch):
 def test_file_that_was_fresh_when_its_reading_began_is_not_remembered(large, memory, monkeypatch):
     """It may have changed since, within the tick of its time."""
     clock = [large.stat().st_ctime_ns]
-    read = hashlib.file_digest
+    read = digests._hashed
 
     def slowly(*given):
         clock[0] += 60 * 10**9
         return read(*given)
 
-    monkeypatch.setattr(hashlib, "file_digest", slowly)
+    monkeypatch.setattr(digests, "_hashed", slowly)
     monkeypatch.setattr(digests.time, "time_ns", lambda: clock[0])
     file_digests([large])
     assert not memory.exists()
@@ -139,3 +141,29 @@ def test_cache_folder_ignores_a_relative_setting(monkeypatch, tmp_path):
 def test_combined_digest_does_not_depend_on_the_order():
     assert combined_digest({"a": "1", "b": "2"}) == combined_digest({"b": "2", "a": "1"})
     assert combined_digest({"a": "1", "b": "2"}) != combined_digest({"a": "2", "b": "1"})
+
+
+def test_ctrl_c_does_not_wait_for_what_is_being_read(large, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.write_bytes(large.read_bytes())
+    stopped = []
+
+    def hashed(file, stop):
+        if Path(file.name) == other:
+            stopped.append(stop.wait(60))
+        return "0" * 64
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digests, "_hashed", hashed)
+    with pytest.raises(KeyboardInterrupt):
+        file_digests([large, other], progress=interrupt)
+    assert all(stopped)  # empty where there is one core: the second was not begun
+
+
+def test_nothing_more_is_read_once_it_is_stopped(large):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(HarnessError, match="stopped"):
+        file_digests([large], stop=stop)

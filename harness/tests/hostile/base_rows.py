@@ -201,7 +201,9 @@ ROWS: list[tuple[str, str, str, Any]] = [
     ("a window that is switched off", "config.json", "layer_types",
      _config(layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=False)),
     ("an encoder claimed", "config.json", "is_encoder_decoder", _config(is_encoder_decoder=True)),
-    ("biases claimed and missing", "base", "k_proj.bias", _config(attention_bias=True)),
+    ("biases claimed and missing", "base",
+     "k_proj.bias': is missing; transformers would fill it with zeros",
+     _config(attention_bias=True)),
     ("a bias without a place", MODEL, "o_proj.bias': has no place", _tensors(
         lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": t[_NORM]}))),
     ("a norm of another family", MODEL, "'model.layers.1.mlp.norm.weight': has no place", _tensors(

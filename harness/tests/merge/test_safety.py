@@ -188,6 +188,43 @@ def changed_once_read(monkeypatch):
     return plant
 
 
+def test_an_interrupted_merge_does_not_wait_for_the_bases_digest(tiny, tmp_path, monkeypatch):
+    from harness.merge import inputs
+
+    stopped = []
+
+    def reads_for_long(paths, *, stop):
+        stopped.append(stop.wait(60))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs, "file_digests", reads_for_long)
+    with pytest.raises(KeyboardInterrupt):
+        merge_lora_adapters(tiny.base, tiny.adapters, tmp_path / "out", progress=interrupt)
+    assert stopped == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_is_cut_short_while_it_is_merged_is_said(
+    tiny, adapter_copy, tmp_path, monkeypatch
+):
+    """Read through the map, it would end the process by a signal."""
+    from harness.merge import inputs
+
+    style, real = adapter_copy("style"), inputs.open_sources
+
+    def cut(*arguments, **named):
+        found = real(*arguments, **named)
+        os.truncate(style / "adapter_model.safetensors", 4096)
+        return found
+
+    monkeypatch.setattr(inputs, "open_sources", cut)
+    with pytest.raises(HarnessError, match=r"adapter_model\.safetensors changed while it was"):
+        merge_lora_adapters(tiny.base, [style], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("reader", ["read_adapter", "read_checkpoint", "open_sources"])
 def test_an_input_that_changes_once_it_was_read_is_noticed(
     tiny, adapter_copy, tmp_path, changed_once_read, reader

@@ -213,7 +213,7 @@ def test_what_is_no_file_is_named(tmp_path: Path):
     (tmp_path / FOLDER / ".run.json").unlink()
     os.mkfifo(tmp_path / FOLDER / ".run.json")  # a pipe would wait for ever
     records = read_records(tmp_path)
-    assert [item.fault for item in records.broken] == ["is not a regular file"] * 2
+    assert [item.fault for item in records.broken] == ["cannot be read: is no regular file"] * 2
 
 
 # ---- accepting
