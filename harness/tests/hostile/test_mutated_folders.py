@@ -7,10 +7,12 @@ may not happen is anything else: another exception, another number, a hang.
 
 import contextlib
 import io
+import json
 import shutil
 import struct
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -114,6 +116,71 @@ def assert_merged(root, output):
             assert torch.equal(held.view(torch.uint8), plain.view(torch.uint8)), name
 
 
+def command_is_refused_or_right(sound, draw, *first):
+    """The commands that read files alone: they refuse, or finish; what is written is right."""
+    from harness.cli import main
+    from harness.tests.hostile.test_every_command import READS, words_of
+
+    command = draw(st.sampled_from(sorted(set(READS) - {"merge"})))
+    with mutated(sound, draw, *first) as root:
+        output = root.parent / "output"
+        folders = SimpleNamespace(
+            base=root / "base",
+            style=root / "style",
+            instruct=root / "instruct",
+            arguments=arguments_of(root),
+        )
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+            code = main(words_of(command, folders, output))
+        event(f"{command}: {code}")
+        if code == 2:
+            lines = told.getvalue().rstrip("\n").split("\n")
+            assert all(line.startswith("error: ") for line in lines), told.getvalue()
+            assert str(root) in told.getvalue()
+            assert not output.exists()
+            return
+        assert code in (0, 1), told.getvalue()
+        assert output.exists() or (command == "lock" and code == 1)
+        if command == "flatten":
+            assert_flattened(root, output)
+        elif command == "analyze":
+            assert_analysed(root, output)
+
+
+def assert_flattened(root, output):
+    """Every module's delta is the float64 sum of the adapters'."""
+    from harness.adapter_files import read_adapter
+
+    adapters = [read_adapter(root / name) for name in ("style", "instruct")]
+    flat = read_adapter(output)
+    assert set(flat.pairs) == {module for files in adapters for module in files.pairs}
+    for module in flat.pairs:
+        exact = sum(dense(files, module) for files in adapters if module in files.pairs)
+        assert (dense(flat, module) - exact).norm() <= 1e-5 * exact.norm() + 1e-30, module
+
+
+def assert_analysed(root, output):
+    """Every module's norm is its dense delta's."""
+    from harness.adapter_files import read_adapter
+
+    style = read_adapter(root / "style")
+    norms = {
+        module["module"]: module["norm_delta"]
+        for module in json.loads((output / "analysis.json").read_text())["adapters"][0]["modules"]
+    }
+    assert set(norms) == set(style.pairs)
+    for module, norm in norms.items():
+        exact = float(dense(style, module).norm())
+        assert abs(norm - exact) <= 1e-6 * exact + 1e-30, module
+
+
+def dense(files, module):
+    pair = files.pair(module)
+    delta = pair.scale * (pair.b.double() @ pair.a.double())
+    return delta.T if pair.transposed else delta
+
+
 @pytest.fixture(scope="module")
 def sound(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("mutated")
@@ -140,6 +207,20 @@ def test_mutated_folder_is_refused_or_right(sound, data):
 @given(data=st.data())
 def test_merge_of_a_mutated_folder_is_refused_or_right(sound, data):
     merge_is_refused_or_right(sound, data.draw)
+
+
+@settings(max_examples=30, **_KEPT)
+@given(data=st.data())
+def test_a_command_on_a_mutated_folder_refuses_or_is_right(sound, data):
+    command_is_refused_or_right(sound, data.draw)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", CHANGES)
+@settings(max_examples=8, **_KEPT)
+@given(data=st.data())
+def test_a_command_after_every_kind_of_change_refuses_or_is_right(sound, first, data):
+    command_is_refused_or_right(sound, data.draw, first)
 
 
 @pytest.mark.slow
