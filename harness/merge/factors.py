@@ -27,7 +27,15 @@ from harness.merge.storage import RAW, decode
 from harness.preflight import check_adapter_values
 from harness.stack import Adapter, weight_fault
 
-__all__ = ["Source", "Term", "adapter_names", "check_weights", "open_sources", "terms_by_module"]
+__all__ = [
+    "Source",
+    "Term",
+    "adapter_names",
+    "check_weights",
+    "open_sources",
+    "terms_by_module",
+    "too_large",
+]
 
 Array = NDArray[Any]
 
@@ -261,3 +269,14 @@ def terms_by_module(sources: Sequence[Source]) -> Mapping[str, tuple[Term, ...]]
         for module in source.files.pairs:
             found.setdefault(module, []).append(Term(source=source, module=module))
     return {module: tuple(terms) for module, terms in found.items()}
+
+
+def too_large(name: str, most: float, limit: float, terms: Sequence[Term]) -> InputError:
+    """The refusal of a sum that would put *most* into the tensor *name*, where *limit* is what
+    sound ones hold."""
+    files = dict.fromkeys(str(term.source.files.tensors.path) for term in terms)
+    return InputError(
+        f"{name!r}: would hold {most:.3g}, beyond {limit:g}",
+        where=" and ".join(files) or None,
+        remedy="choose smaller --weights or a smaller lora_alpha, or train the adapter again",
+    )

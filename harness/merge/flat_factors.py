@@ -23,7 +23,7 @@ from harness.adapter_config import natural_order
 from harness.adapter_files import KEY_PREFIX
 from harness.errors import InputError
 from harness.files.tensor_files import DTYPE_BYTES, read_tensor_file
-from harness.merge.factors import Term
+from harness.merge.factors import Term, too_large
 from harness.merge.proof import ProofError, TensorLedger, Verify
 from harness.merge.rules import thin_svd
 from harness.merge.storage import RAW, decode, encode
@@ -112,7 +112,7 @@ def write_factors(
             _write_head(file, modules, shared, dtype)
             for module in modules:
                 for key, factor in zip(module.keys, _concatenated(module, ranks), strict=True):
-                    file.write(_encoded(factor, dtype, key))
+                    file.write(_encoded(factor, dtype, key, module))
                 _release(module)
         return shared, {module.module: Loss(lost=0.0, norm=0.0) for module in modules}
     # The shared rank is known when every module has been decomposed: until then the factors wait
@@ -125,7 +125,7 @@ def write_factors(
             for module in modules:
                 a, b, losses[module.module] = _decomposed(module, rank)
                 for key, factor in zip(module.keys, (a, b), strict=True):
-                    file.write(_encoded(factor, dtype, key))
+                    file.write(_encoded(factor, dtype, key, module))
                 kept.append(a.shape[0])
                 _release(module)
         shared = max(kept)
@@ -191,15 +191,11 @@ def _write_head(file: BinaryIO, modules: Sequence[FlatModule], rank: int, dtype:
     file.write(struct.pack("<Q", len(head)) + head)
 
 
-def _encoded(factor: Array, dtype: str, key: str) -> memoryview:
+def _encoded(factor: Array, dtype: str, key: str, module: FlatModule) -> memoryview:
     raw = encode(factor, dtype)
     most = float(np.abs(decode(raw, dtype, np.float64)).max(initial=0))
     if MOST_OF_A_FACTOR < most < math.inf:
-        raise InputError(
-            f"{key!r}: would hold {most:.3g}, beyond {MOST_OF_A_FACTOR:g}",
-            where="--weights",
-            remedy="choose smaller ones, and look at the adapters' lora_alpha",
-        )
+        raise too_large(key, most, MOST_OF_A_FACTOR, module.terms)
     if not math.isfinite(most):
         raise InputError(
             f"{key!r}: a number does not fit into {dtype}",

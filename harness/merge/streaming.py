@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from harness.errors import InputError
 from harness.files.tensor_files import DTYPE_BYTES
+from harness.merge.factors import too_large
 from harness.merge.kernel import ROWS, Scratch, add_block
 from harness.merge.outputs import OutputFile, Pen, copy_range, read_into
 from harness.merge.plan import MergePlan, OutputTensor, ShardPlan
@@ -334,7 +335,6 @@ class _Worker(threading.local):
 def _check_size(result: Array, tensor: OutputTensor) -> None:
     """Refuse what the dtype cannot hold, and what no model computes with: the base was found to be
     neither, so it is the dtype or the weights."""
-    # Wider than the dtype, so that 1e300 is no infinity of this check's own making.
     most = float(np.abs(decode(result, tensor.dtype, accumulator(tensor.dtype))).max(initial=0))
     if most <= MOST_OF_A_BASE:
         return
@@ -344,8 +344,4 @@ def _check_size(result: Array, tensor: OutputTensor) -> None:
             where="--dtype",
             remedy="choose bfloat16 or float32",
         )
-    raise InputError(
-        f"{tensor.name!r}: would hold {most:.3g}, beyond {MOST_OF_A_BASE:g}",
-        where="--weights",
-        remedy="choose smaller ones, and look at the adapters' lora_alpha",
-    )
+    raise too_large(tensor.name, most, MOST_OF_A_BASE, tensor.terms)

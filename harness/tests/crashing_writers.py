@@ -67,6 +67,7 @@ def _without_exchange(folder: Path) -> None:
 def _merge(tiny: Any, folder: Path, adapters: list[str]) -> None:
     from harness import merge_lora_adapters
 
+    os.environ["XDG_CACHE_HOME"] = str(folder.parent / "cache")  # no part of the result
     merge_lora_adapters(
         tiny.base, [tiny.adapters[name] for name in adapters], folder / "out", force=True,
         workers=1,
@@ -224,6 +225,15 @@ def _digests(inputs: Path, folder: Path) -> None:
     assert file_digests([inputs / "large"]) == {inputs / "large": _LARGE_SHA256}
 
 
+def _sound(inputs: Path, folder: Path) -> None:
+    from harness.files import soundness
+
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    stamp = soundness.stamp_of("values", [inputs / "large"])
+    soundness.remember_sound(stamp)
+    assert soundness.known_sound(stamp)
+
+
 def _settled(file: Path) -> None:
     """What was written just now is not remembered: wait until it was not."""
     while time.time() - file.stat().st_ctime < 2.1:
@@ -306,6 +316,11 @@ def writers(tiny: Any, inputs: Path) -> Mapping[str, Writer]:
             before=lambda f: _settled(inputs / "large"),
             optional=True,
         ),
+        "soundness cache": Writer(
+            write=lambda f: _sound(inputs, f),
+            before=lambda f: _settled(inputs / "large"),
+            optional=True,
+        ),
         "noise cache": Writer(write=_noise, optional=True),
         "flatten": Writer(
             write=lambda f: _flatten(tiny, f, [1.0, 2.0]),
@@ -320,7 +335,7 @@ def writers(tiny: Any, inputs: Path) -> Mapping[str, Writer]:
 #: The writers that need no stack on disk, and no torch.
 WITHOUT_A_STACK = ("bytes", "new bytes", "folder", "new folder", "folder without exchange")
 #: Without a place for them nothing is remembered, and nobody complains.
-CACHES = ("digest cache", "noise cache")
+CACHES = ("digest cache", "soundness cache", "noise cache")
 WRITERS = (
     *WITHOUT_A_STACK, "snapshots", "pending folder", "review acceptance", "review pages",
     "run report", "analysis report", "comparison report", "stopping report", "latency report",
