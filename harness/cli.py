@@ -21,7 +21,7 @@ from harness import __version__
 from harness.display.terminal import shown
 from harness.errors import HarnessError, InputError
 from harness.interrupts import exit_code, terminable
-from harness.options import with_dashes
+from harness.options import EMPTY, empty_option, with_dashes
 
 __all__ = ["main"]
 
@@ -65,6 +65,9 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = with_dashes(sys.argv[1:] if argv is None else argv)
+    empty = empty_option(words)
+    if empty is not None:
+        return _complain(f"{empty}: {EMPTY}", _USAGE_ERROR)
     arguments = _parser(words).parse_args(words)
     try:
         with terminable():

@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.adapter_config import CONFIG_NAME, nested_adapter_hint
 from harness.adapter_files import AdapterFiles
 from harness.errors import InputError
-from harness.files.file_kinds import is_there
+from harness.files.file_kinds import is_folder, is_there, whole_path
 from harness.stack import Adapter, Base, check_adapter_name
 
 __all__ = ["DEFAULT_BASE", "choose_base", "locate_adapter", "locate_adapters", "locate_base"]
@@ -56,11 +56,11 @@ def locate_adapter(name: str, source: str, here: Path) -> Adapter:
     Raises:
         InputError: no such folder or repository, or it holds no adapter config.
     """
-    path = (here / Path(source).expanduser()).resolve()
-    if path.exists():
-        if path.is_file():
+    path = whole_path(source, here)
+    if is_there(path):
+        if not is_folder(path):
             raise InputError(
-                "is a file, not an adapter folder",
+                "is no folder, and an adapter is one",
                 where=source,
                 remedy=f"give {Path(source).parent}",
             )
@@ -119,8 +119,8 @@ def _claimed_base(adapter: Adapter, claim: str, revision: str | None, here: Path
     chosen_by = f"{CONFIG_NAME} of {adapter.name}"
     # A relative claim means a place beside the adapter, wherever the folders were copied to.
     for root in (adapter.path, here):
-        path = (root / Path(claim).expanduser()).resolve()
-        if path.is_dir():
+        path = whole_path(claim, root)
+        if is_folder(path):
             return Base(path=path, source=claim, chosen_by=chosen_by)
     fallback = here / DEFAULT_BASE
     if Path(claim).name == DEFAULT_BASE and fallback.is_dir():
@@ -156,8 +156,8 @@ def locate_base(source: str, chosen_by: str, here: Path, *, fetch: bool = True) 
     Raises:
         InputError: no such folder or repository.
     """
-    path = (here / Path(source).expanduser()).resolve()
-    if path.exists():
+    path = whole_path(source, here)
+    if is_there(path):
         return Base(path=path, source=source, chosen_by=chosen_by)
     local, revision = _from_hub(source, what=chosen_by, patterns=None, fetch=fetch)
     return Base(path=local, source=source, chosen_by=chosen_by, revision=revision)
@@ -212,9 +212,11 @@ def _from_hub(
 
 def _nearest(source: str) -> str | None:
     """The existing sibling whose name is nearest to a mistyped path's last part."""
-    path = Path(source).expanduser()
-    if not path.parent.is_dir():
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        names = [child.name for child in path.parent.iterdir() if is_folder(child)]
+    except (OSError, ValueError, RuntimeError):  # no such place, user or right to read
         return None
-    names = [child.name for child in path.parent.iterdir() if child.is_dir()]
     close = difflib.get_close_matches(path.name, names, n=1)
     return str(path.parent / close[0]) if close else None

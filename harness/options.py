@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "APPLICATION_OPTION",
     "BENCH_OPTIONS",
+    "EMPTY",
     "FILES_TRUST_OPTION",
     "PROMPT_OPTIONS",
     "RUN_OPTIONS",
@@ -29,6 +30,7 @@ __all__ = [
     "add_stack_arguments",
     "batch_sizes",
     "chosen_preset",
+    "empty_option",
     "random_ranks",
     "spellings",
     "stack_options",
@@ -157,6 +159,25 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         words.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
     return words
+
+
+#: What is wrong with an option whose value is empty. Taken for no option at all, it would silently
+#: mean another stack: `--lora-model "$STYLE"`, where nobody has set STYLE.
+EMPTY = "is empty, as of a variable that is not set → give it a value, or leave it out"
+
+
+def empty_option(words: Sequence[str]) -> str | None:
+    """The first option among *words* whose value is empty, or `an argument`; None if there is
+    none."""
+    option = "an argument"
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            if equals and not value:
+                return option
+        elif not word:
+            return option
+    return None
 
 
 def add_options(parser: Any, options: tuple[Option, ...]) -> None:

@@ -8,7 +8,6 @@ times. Knows nothing of devices, engines or reports.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -100,7 +99,7 @@ def check_adapter_values(
     factors = {entry.name for pair in files.pairs.values() for entry in (pair.a, pair.b)}
     try:
         for found in value_ranges(files.tensors):
-            most = MOST_OF_A_FACTOR if found.entry.name in factors else math.inf
+            most = MOST_OF_A_FACTOR if found.entry.name in factors else MOST_OF_A_BASE
             if fault := _value_fault(found, most):
                 faults.append(InputError(fault, where=path, remedy="save or train it again"))
             elif found.zero:

@@ -16,7 +16,7 @@ from typing import Any
 from harness.completion import GenerationSettings, Message, Prompt
 from harness.embedded import embedded_folder
 from harness.errors import InputError
-from harness.files.file_kinds import regular_file
+from harness.files.file_kinds import is_there, regular_file
 from harness.files.strict_json import (
     MAX_JSON_BYTES,
     parse_json_object,
@@ -71,7 +71,7 @@ def load_preset(name: str) -> Preset:
         InputError: no such preset (the nearest name is offered), or a faulty file.
     """
     for folder in _folders():
-        if re.fullmatch(r"[\w-]+", name) and (folder / f"{name}.toml").is_file():
+        if re.fullmatch(r"[\w-]+", name) and is_there(folder / f"{name}.toml"):
             return load_prompts(folder / f"{name}.toml")
     names = preset_names()
     close = difflib.get_close_matches(name, names, n=1)

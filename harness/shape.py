@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
+from harness.files.file_kinds import is_folder, is_there, whole_path
 from harness.files.strict_json import read_json_object
 
 __all__ = ["NAMED_SHAPES", "RANDOM_PREFIX", "Shape", "is_random", "read_shape"]
@@ -87,9 +88,9 @@ def read_shape(source: str, *, where: str, folder: Path) -> tuple[Shape, Path]:
     named = NAMED_SHAPES.get(wanted.lower())
     if named is not None:
         return Shape(name=wanted.lower(), config=named), Path(source)
-    path = (folder / Path(wanted).expanduser()).resolve()
-    file = path / "config.json" if path.is_dir() else path
-    if not wanted or not file.is_file():
+    path = whole_path(wanted, folder)
+    file = path / "config.json" if is_folder(path) else path
+    if not wanted or not is_there(file):
         near = difflib.get_close_matches(wanted.lower(), NAMED_SHAPES, n=1)
         raise InputError(
             f"{source!r} is neither a known shape nor a config.json",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness.bench.results import Results, read_results
 from harness.errors import InputError
+from harness.files.file_kinds import is_folder
 
 __all__ = ["read_history"]
 
@@ -17,7 +18,7 @@ def read_history(path: Path) -> list[Results]:
     Raises:
         InputError: nothing there, or a file that is broken: a history is not to shrink in silence.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return [read_results(path)]
     own = path / "report.json"
     files = [own] if own.is_file() else sorted([*path.glob("*.json"), *path.glob("*/report.json")])

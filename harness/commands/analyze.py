@@ -89,12 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
 def new_folder(arguments: argparse.Namespace, adapters: Sequence[str]) -> Path:
     """Where the report goes; a taken place, one in an adapter, and one that cannot be written are
     refused before any work is done."""
+    from harness.files.file_kinds import is_folder, is_there
     from harness.files.staging import check_place, new_run_folder
 
     folder = Path(arguments.output) if arguments.output else new_run_folder(Path("runs"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_there(folder) and (not is_folder(folder) or any(folder.iterdir())):
         raise InputError("exists already", where=folder, remedy="name a new folder as --output")
-    check_place(folder, inputs=[Path(name) for name in adapters if Path(name).is_dir()])
+    check_place(folder, inputs=[Path(name) for name in adapters if is_folder(Path(name))])
     return folder
 
 

@@ -90,10 +90,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _root(given: str | None) -> Path:
+    from harness.files.file_kinds import is_folder
     from harness.pending import FOLDER
 
     if given is not None:
-        if not Path(given).is_dir():
+        if not is_folder(Path(given)):
             raise InputError("is no folder", where=given, remedy="name the one with .pending/")
         return Path(given)
     here = Path.cwd()

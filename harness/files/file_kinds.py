@@ -16,10 +16,12 @@ from harness.errors import InputError
 __all__ = [
     "foreign_format",
     "is_folder",
+    "is_link",
     "is_systems",
     "is_there",
     "open_regular",
     "regular_file",
+    "whole_path",
 ]
 
 _SYSTEM_FOLDERS = ("/dev/", "/proc/", "/sys/")
@@ -101,6 +103,16 @@ def is_link(path: Path) -> bool:
         return path.is_symlink()
     except (OSError, ValueError):
         return False
+
+
+def whole_path(source: str | Path, here: Path) -> Path:
+    """*source* from *here* on, `~` and links followed as far as they lead; never raises, whatever a
+    user or a file names: a link in a circle, an unknown user's home, a name that can be none."""
+    try:
+        # `Path.expanduser` and `Path.resolve` raise where these leave a name as it is.
+        return Path(os.path.realpath(here / os.path.expanduser(source)))  # noqa: PTH111
+    except ValueError:  # a NUL in it
+        return here / source
 
 
 def is_there(path: Path) -> bool:

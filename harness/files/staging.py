@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from harness.errors import InputError
+from harness.files.file_kinds import is_folder, is_link, is_there, whole_path
 
 __all__ = [
     "check_file_place",
@@ -128,9 +129,22 @@ def check_place(target: Path, *, replace: bool = False, inputs: Iterable[Path] =
 
 def check_file_place(path: Path) -> None:
     """Refuse, before any work, a *path* that `write_bytes` could not write; same errors."""
+    _check_name(path)
     if path.is_dir():
         raise InputError("is a folder", where=path, remedy="name a file")
     _try_beside(path, folder=False)
+
+
+def _check_name(target: Path) -> None:
+    """Refuse what cannot be looked up: a name too long, a link in a circle above it."""
+    try:
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # what is above it is made, or said when that is tried
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    except ValueError as error:
+        raise InputError(f"can be no path: {error}", where=str(target)) from error
 
 
 def _try_beside(target: Path, *, folder: bool) -> None:
@@ -151,9 +165,11 @@ def _try_beside(target: Path, *, folder: bool) -> None:
 
 def _refuse(target: Path, replace: bool, inputs: Iterable[Path]) -> None:
     """Refuse what would destroy an input or somebody's files."""
-    place = target.resolve()
+    _check_name(target)
+    here = Path.cwd()
+    place = whole_path(target, here)
     for source in inputs:
-        origin = source.resolve()
+        origin = whole_path(source, here)
         if place == origin or origin in place.parents:
             raise InputError(
                 f"lies inside an input ({source})", where=target, remedy="choose another folder"
@@ -162,12 +178,12 @@ def _refuse(target: Path, replace: bool, inputs: Iterable[Path]) -> None:
             raise InputError(
                 f"holds an input ({source})", where=target, remedy="choose another folder"
             )
-    if target.is_symlink():
+    if is_link(target):
         raise InputError("is a link", where=target, remedy="name a new folder")
-    if target.exists() and not target.is_dir():
+    if is_there(target) and not is_folder(target):
         raise InputError("is a file", where=target, remedy="name a new folder")
     try:
-        full = target.is_dir() and any(target.iterdir())
+        full = is_folder(target) and any(target.iterdir())
     except OSError as error:
         raise _unwritable(target, error) from error
     if full and not replace:

@@ -21,6 +21,7 @@ from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.checkpoint_tokenizer import embedding_rows, has_tokenizer
 from harness.errors import InputError, combined
 from harness.files.digests import file_digests
+from harness.files.file_kinds import is_folder, whole_path
 from harness.fit import check_adapter_covers
 from harness.locating import choose_base, locate_adapters
 from harness.merge.factors import Source, open_sources
@@ -98,6 +99,7 @@ def open_inputs(
             *output* in an input, or in the way.
     """
     adapters = locate_adapters(named)
+    # Looked at before they are read: what changes from then on is not what was checked and hashed.
     watch = Watch()
     watched = adapter_inputs(adapters)
     watch.look(watched)
@@ -185,8 +187,8 @@ def _check_claims(
         claim = raw.get("base_model_name_or_path")
         if not claim:
             continue
-        places = [(root / claim).resolve() for root in (source.path, Path.cwd())]
-        here = next((place for place in places if place.is_dir()), None)
+        places = [whole_path(claim, root) for root in (source.path, Path.cwd())]
+        here = next((place for place in places if is_folder(place)), None)
         if here is None:
             if Path(claim).name not in (base.path.name, Path(base.source).name):
                 notes.append(

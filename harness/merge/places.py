@@ -14,6 +14,7 @@ from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME
 from harness.checkpoint_files import INDEX_NAME
 from harness.errors import HarnessError, InputError
+from harness.files.file_kinds import is_folder, whole_path
 from harness.files.staging import check_place
 
 __all__ = ["Watch", "check_output", "check_space", "copy_beside", "files_beside"]
@@ -57,8 +58,8 @@ def check_space(output: Path, needed: int) -> None:
     Raises:
         InputError: less than *needed* bytes and some spare are free.
     """
-    parent = output.resolve().parent
-    while not parent.exists():
+    parent = whole_path(output, Path.cwd()).parent
+    while not is_folder(parent):
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed + _SPARE:

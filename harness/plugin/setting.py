@@ -14,6 +14,7 @@ import pytest
 from harness.display.terminal import shown
 from harness.options import (
     BENCH_OPTIONS,
+    EMPTY,
     PROMPT_OPTIONS,
     RUN_OPTIONS,
     STACK_OPTIONS,
@@ -106,6 +107,10 @@ def ini_name(option: Option) -> str:
 
 def read_setting(config: pytest.Config) -> Setting:
     given = {o.dest: config.getoption(DEST + o.dest) for o in OPTIONS}
+    for option in OPTIONS:
+        value = given[option.dest]
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise pytest.UsageError(f"{option.flag}: {EMPTY}")
     standing = {o.dest: config.getini(ini_name(o)) or None for o in OPTIONS}
     stack_names = [o.dest for o in STACK_OPTIONS if o.dest not in ("modes", "lock_file")]
     from_command_line = any(given[name] for name in stack_names)

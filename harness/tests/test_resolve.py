@@ -127,7 +127,7 @@ def test_embedded_stack_is_used_when_none_is_named():
         ({"adapters": ("base=style",)}, "is a mode's name"),
         ({"lora_model": "styel"}, "did you mean"),
         ({"lora_model": "./nowhere/at/all"}, "no such folder"),
-        ({"lora_model": "style/adapter_config.json"}, "is a file, not an adapter folder"),
+        ({"lora_model": "style/adapter_config.json"}, "is no folder, and an adapter is one"),
         ({"lora_model": "."}, "holds no adapter_config.json → give .*style"),
         ({"base_model": "style"}, "this is an adapter's folder"),
         ({"base_model": "base", "stack_file": "stack.toml"}, "are both given"),
