@@ -8,7 +8,6 @@ times. Knows nothing of devices, engines or reports.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,8 +143,7 @@ def check_base_values(checkpoint: CheckpointFiles, faults: list[InputError]) -> 
     """
     written = checkpoint.config.get("model_type") in PLAIN_FAMILIES
     stop = threading.Event()
-    workers = max(1, min(_WORKERS, len(checkpoint.shards), len(os.sched_getaffinity(0))))
-    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="values") as pool:
+    with ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="values") as pool:
         try:
             for found in pool.map(partial(_shard_faults, written, stop), checkpoint.shards):
                 faults += found

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,32 @@ def test_a_shard_that_goes_after_its_header_was_read_is_said(folders):
     assert [str(fault) for fault in faults] == [
         f"{folders.model}: cannot be read: No such file or directory"
     ]
+
+
+def test_ctrl_c_does_not_wait_for_the_other_shards(folders, monkeypatch):
+    from harness import preflight
+    from harness.checkpoint_files import read_checkpoint
+    from harness.files.tensor_values import value_ranges
+
+    folders.shard()
+    checkpoint, begun, stopped = read_checkpoint(folders.base), threading.Event(), []
+
+    def interrupted(file):
+        if file is checkpoint.shards[0]:
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        begun.set()
+        found = next(iter(value_ranges(file)))
+        try:
+            while True:
+                yield found
+        finally:
+            stopped.append(file)
+
+    monkeypatch.setattr(preflight, "value_ranges", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        preflight.check_base_values(checkpoint, [])
+    assert stopped == [checkpoint.shards[1]]
 
 
 def test_files_that_shrink_while_they_are_read_are_said(folders):

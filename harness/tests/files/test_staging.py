@@ -9,7 +9,14 @@ import time
 import pytest
 
 from harness.errors import InputError
-from harness.files.staging import new_run_folder, staged_folder, write_bytes, write_text
+from harness.files.staging import (
+    check_file_place,
+    check_place,
+    new_run_folder,
+    staged_folder,
+    write_bytes,
+    write_text,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -393,3 +400,15 @@ def test_what_only_tries_a_place_is_not_swept_at_it(tmp_path, monkeypatch, name)
     getattr(staging, name)(tmp_path / "out")
     assert looked
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("check", [check_place, check_file_place])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 300, "File name too long"), ("a\0b", "can be no path"), ("circle/x", "levels of symb")],
+)
+def test_what_can_be_no_name_is_refused_before_any_work(tmp_path, check, name, reason):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(InputError, match=reason):
+        check(tmp_path / name)
+    assert os.listdir(tmp_path) == ["circle"]

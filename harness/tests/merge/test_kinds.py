@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from harness import InputError, merge_lora_adapters
+from harness.adapter_files import read_adapter
 from harness.checkpoint_files import read_checkpoint
 from harness.merge.storage import encode
 from harness.tests.merge.test_merging import digests, exact_share, numbers, reference, stored
@@ -60,6 +61,19 @@ def moe(tmp_path_factory):
         )
         adapters.append(tiny_adapter(root / f"a{number}", base, spec, seed=number))
     return base, adapters
+
+
+def test_adapters_of_fused_experts_fit_the_base_that_stores_them_one_by_one(moe):
+    from harness.fit import check_adapter_on_base
+    from harness.stack import Adapter, Base
+
+    base, adapters = moe
+    checkpoint, faults = read_checkpoint(base), []
+    for folder in adapters:
+        adapter = Adapter(name="a", path=folder, source=str(folder))
+        whole = Base(path=base, source=str(base), chosen_by="--base")
+        check_adapter_on_base(adapter, read_adapter(folder), checkpoint, whole, faults)
+    assert faults == []
 
 
 @pytest.mark.filterwarnings("ignore")
