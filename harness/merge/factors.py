@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, PairEntry, read_adapter
-from harness.errors import HarnessError, InputError, combined
+from harness.errors import InputError, combined
 from harness.files.digests import file_digests
 from harness.files.tensor_files import TensorEntry
 from harness.fit import check_adapters_together
+from harness.merge.places import changed
 from harness.merge.storage import RAW, decode
 from harness.preflight import check_adapter_values
 from harness.stack import Adapter, weight_fault
@@ -67,11 +68,10 @@ class Source:
         view where that is possible.
 
         Raises:
-            HarnessError: the file became shorter. What is gone from under a map ends the process.
+            InputError: the file became shorter. What is gone from under a map ends the process.
         """
         if self.data.size() < entry.end:
-            path = self.files.tensors.path
-            raise HarnessError(f"{path} changed while it was being merged; nothing was kept")
+            raise changed(self.files.tensors.path)
         raw = np.frombuffer(self.data, np.uint8, entry.end - entry.start, entry.start)
         kind = np.dtype(RAW[entry.dtype])
         aligned = raw if entry.start % kind.itemsize == 0 else raw.copy()

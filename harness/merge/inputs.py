@@ -52,7 +52,7 @@ class MergeInputs:
     watched: tuple[Path, ...]
 
     def check_unchanged(self) -> None:
-        """Raises `HarnessError` if one of the files is not what was read."""
+        """Raises `InputError` if one of the files is not what was read."""
         self.watch.check(self.watched)
 
 

@@ -15,7 +15,7 @@ import os
 import struct
 from pathlib import Path
 
-from harness.errors import HarnessError
+from harness.errors import InputError
 
 __all__ = ["OutputFile", "Pen", "copy_range", "read_into"]
 
@@ -187,7 +187,7 @@ def copy_range(
     the page cache, else copied by the kernel (copy_file_range(2)), else read and written.
 
     Raises:
-        HarnessError: the source ends before.
+        InputError: the source ends before.
     """
     lead = min(-target % _PAGE, size)
     whole = (size - lead) // _PAGE * _PAGE
@@ -233,11 +233,15 @@ def read_into(descriptor: int, space: memoryview, start: int) -> None:
     """Fill *space* from *start* of a base's file.
 
     Raises:
-        HarnessError: the file ends before.
+        InputError: the file ends before.
     """
     position = 0
     while position < len(space):
         count = os.preadv(descriptor, [space[position:]], start + position)
         if count == 0:
-            raise HarnessError("the base became shorter while it was read")
+            raise InputError(
+                "the base became shorter while it was read; nothing was kept",
+                where="--base",
+                remedy="merge again when nobody writes to it",
+            )
         position += count

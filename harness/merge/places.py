@@ -13,11 +13,11 @@ from pathlib import Path
 from harness.adapter_config import CONFIG_NAME
 from harness.adapter_files import WEIGHTS_NAME
 from harness.checkpoint_files import INDEX_NAME
-from harness.errors import HarnessError, InputError
+from harness.errors import InputError
 from harness.files.file_kinds import is_folder, whole_path
 from harness.files.staging import check_place
 
-__all__ = ["Watch", "check_output", "check_space", "copy_beside", "files_beside"]
+__all__ = ["Watch", "changed", "check_output", "check_space", "copy_beside", "files_beside"]
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack",
@@ -116,11 +116,20 @@ class Watch:
             self._before.setdefault(path, _state(path))
 
     def check(self, paths: Iterable[Path]) -> None:
-        """Raises `HarnessError` if one of *paths* is not what it was."""
+        """Raises `InputError` if one of *paths* is not what it was."""
         for path in paths:
             now = _state(path)
             if now is None or now != self._before[path]:
-                raise HarnessError(f"{path} changed while it was being merged; nothing was kept")
+                raise changed(path)
+
+
+def changed(path: Path) -> InputError:
+    """The refusal of an input that is not what was checked."""
+    return InputError(
+        "changed while it was being merged; nothing was kept",
+        where=path,
+        remedy="merge again when nobody writes to it",
+    )
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

@@ -103,8 +103,8 @@ def write_shards(
     """Write every shard of *plan* into *folder*; *flusher* is given each as soon as it is whole.
 
     Raises:
-        InputError: a result that its dtype cannot hold.
-        HarnessError: a base file became shorter while it was read.
+        InputError: a result that its dtype cannot hold, or beyond what a model computes with; a
+            file that became shorter while it was read.
         OSError: the disk is full or fails.
     """
     from threadpoolctl import threadpool_limits

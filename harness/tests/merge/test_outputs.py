@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.errors import HarnessError
+from harness.errors import InputError
 from harness.merge import outputs
 from harness.merge.outputs import OutputFile, Pen, copy_range
 
@@ -311,5 +311,5 @@ def test_a_source_that_ends_early_is_an_error(tmp_path, monkeypatch, direct):
     (tmp_path / "source").write_bytes(b"x" * 5000)
     if not direct:
         refuse_direct_writing(monkeypatch)
-    with pytest.raises(HarnessError, match="became shorter"):
+    with pytest.raises(InputError, match="became shorter"):
         copied(tmp_path / "out", tmp_path / "source", 0, 0, 9000)

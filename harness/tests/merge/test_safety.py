@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from harness import InputError, merge_lora_adapters
-from harness.errors import HarnessError
 from harness.tests.merge.test_merging import digests
 from harness.tests.merge.test_outputs import refuse_direct_writing
 
@@ -166,7 +165,7 @@ def test_an_input_that_changes_while_it_is_merged_is_noticed(tiny, tmp_path):
     def touch(done: int, total: int) -> None:
         os.utime(base / "model.safetensors", ns=(1, 1))
 
-    with pytest.raises(HarnessError, match="changed while it was being merged"):
+    with pytest.raises(InputError, match="changed while it was being merged"):
         merge_lora_adapters(base, tiny.adapters, tmp_path / "out", progress=touch)
     assert not (tmp_path / "out").exists()
 
@@ -220,7 +219,7 @@ def test_an_adapter_that_is_cut_short_while_it_is_merged_is_said(
         return found
 
     monkeypatch.setattr(inputs, "open_sources", cut)
-    with pytest.raises(HarnessError, match=r"adapter_model\.safetensors changed while it was"):
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: changed while it was"):
         merge_lora_adapters(tiny.base, [style], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -235,7 +234,7 @@ def test_an_input_that_changes_once_it_was_read_is_noticed(
     shutil.copytree(tiny.base, base)
     folder, name = (base, "model") if reader == "read_checkpoint" else (style, "adapter_model")
     changed_once_read(inputs, reader, folder / f"{name}.safetensors")
-    with pytest.raises(HarnessError, match=rf"{name}.* changed while it was being merged"):
+    with pytest.raises(InputError, match=rf"{name}.* changed while it was being merged"):
         merge_lora_adapters(base, [style], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -247,7 +246,7 @@ def test_an_adapter_that_changes_once_it_was_read_is_not_flattened(
 
     style = adapter_copy("style")
     changed_once_read(flatten, "open_sources", style / "adapter_model.safetensors")
-    with pytest.raises(HarnessError, match=r"adapter_model.* changed while it was being merged"):
+    with pytest.raises(InputError, match=r"adapter_model.* changed while it was being merged"):
         flatten.flatten_adapters([style], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -268,7 +267,7 @@ def test_an_input_that_goes_between_two_looks_is_no_error_of_the_output(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", stat)
         watch.check([file])  # there at the only look
-    with pytest.raises(HarnessError, match="changed while it was being merged"):
+    with pytest.raises(InputError, match="changed while it was being merged"):
         watch.check([file])
 
 
