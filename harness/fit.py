@@ -16,7 +16,7 @@ from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError, enough, gathering, quoted
 from harness.files.strict_json import read_json_object
 from harness.files.tensor_files import same_bytes
-from harness.stack import Adapter, Base
+from harness.stack import DOUBLED_MODE, Adapter, Base
 
 __all__ = ["check_adapter_covers", "check_adapter_on_base", "check_adapters_together"]
 
@@ -217,7 +217,7 @@ def check_adapters_together(
     files: Mapping[str, AdapterFiles],
     faults: list[InputError],
     *,
-    doubled: str = "--modes {name}*2",
+    doubled: str = DOUBLED_MODE,
 ) -> None:
     """Two adapters with the same weights, and a pair that looks swapped by its folders' names.
 

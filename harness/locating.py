@@ -16,7 +16,7 @@ from harness.adapter_config import CONFIG_NAME, nested_adapter_hint
 from harness.adapter_files import AdapterFiles
 from harness.errors import InputError
 from harness.files.file_kinds import is_folder, is_there, whole_path
-from harness.stack import Adapter, Base, check_adapter_name
+from harness.stack import DOUBLED_MODE, Adapter, Base, check_adapter_name
 
 __all__ = ["DEFAULT_BASE", "choose_base", "locate_adapter", "locate_adapters", "locate_base"]
 
@@ -25,9 +25,15 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def locate_adapters(
-    adapters: Mapping[str, str | Path], *, folder: Path | None = None
+    adapters: Mapping[str, str | Path],
+    *,
+    folder: Path | None = None,
+    doubled: str = DOUBLED_MODE,
 ) -> list[Adapter]:
     """Find named adapter folders; nothing in them is read.
+
+    Args:
+        doubled: how a double weight is asked for where the adapters were named.
 
     Raises:
         InputError: a name that cannot be used, a folder or hub id that cannot be had, two names
@@ -44,7 +50,7 @@ def locate_adapters(
                     f"{other.name!r} and {adapter_name!r} are the same folder",
                     where=adapter.path,
                     remedy="give each adapter its own; for a double weight use "
-                    f"--modes {other.name}*2",
+                    + doubled.format(name=other.name),
                 )
         found.append(adapter)
     return found

@@ -18,6 +18,7 @@ from harness.shape import Shape
 
 __all__ = [
     "BASE_MODE",
+    "DOUBLED_MODE",
     "MOST_OF_A_WEIGHT",
     "STACKED_MODE",
     "Adapter",
@@ -32,6 +33,8 @@ __all__ = [
 
 BASE_MODE = "base"
 STACKED_MODE = "stacked"
+#: How a mode asks for an adapter's double weight, for who named one adapter twice.
+DOUBLED_MODE = "--modes {name}*2"
 #: The most that an adapter's weight may be; those in use are below 10.
 MOST_OF_A_WEIGHT = 1e4
 

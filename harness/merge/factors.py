@@ -29,6 +29,7 @@ from harness.preflight import check_adapter_values
 from harness.stack import Adapter, weight_fault
 
 __all__ = [
+    "DOUBLED_WEIGHT",
     "Source",
     "Term",
     "adapter_names",
@@ -40,7 +41,8 @@ __all__ = [
 
 Array = NDArray[Any]
 
-_CHECKED = 1 << 22  # entries that are looked at at a time
+#: How a double weight is asked for, for who named one adapter twice.
+DOUBLED_WEIGHT = "--weights 2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +237,7 @@ def open_sources(
     ]
     faults: list[InputError] = []
     together = {adapter.name: files for adapter, files in found}
-    check_adapters_together(adapters, together, faults, doubled="--weights 2")
+    check_adapters_together(adapters, together, faults, doubled=DOUBLED_WEIGHT)
     for _, files in found:
         check_adapter_values(files, faults)
         reasons = [r for r in files.config.not_additive if r.partition(":")[0] not in accept]

@@ -19,6 +19,7 @@ from harness.errors import InputError
 from harness.files.staging import staged_folder
 from harness.locating import locate_adapters
 from harness.merge.factors import (
+    DOUBLED_WEIGHT,
     Source,
     adapter_names,
     check_weights,
@@ -91,7 +92,7 @@ def flatten_adapters(
     if not named:
         raise InputError("no adapter is named", where="--adapters", remedy="name one or more")
     factors = dict(zip(named, check_weights(weights, list(named)), strict=True))
-    found = locate_adapters(named)
+    found = locate_adapters(named, doubled=DOUBLED_WEIGHT)
     target = Path(output)
     check_output(target, [adapter.path for adapter in found], force=force)
     watch = Watch()

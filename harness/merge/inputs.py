@@ -24,7 +24,7 @@ from harness.files.digests import file_digests
 from harness.files.file_kinds import is_folder, whole_path
 from harness.fit import check_adapter_covers
 from harness.locating import choose_base, locate_adapters
-from harness.merge.factors import Source, open_sources
+from harness.merge.factors import DOUBLED_WEIGHT, Source, open_sources
 from harness.merge.places import Watch, check_output, files_beside
 from harness.merge.targets import MERGEABLE
 from harness.preflight import check_base_tokenizer, check_base_values, check_templates
@@ -98,7 +98,7 @@ def open_inputs(
             adapter that is not additive, or changes nothing; two with the same weights; an
             *output* in an input, or in the way.
     """
-    adapters = locate_adapters(named)
+    adapters = locate_adapters(named, doubled=DOUBLED_WEIGHT)
     # Looked at before they are read: what changes from then on is not what was checked and hashed.
     watch = Watch()
     watched = adapter_inputs(adapters)

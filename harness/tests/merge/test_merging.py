@@ -347,6 +347,18 @@ def test_what_is_not_additive_is_refused_with_its_reason(tiny, tmp_path, adapter
     assert not (tmp_path / "out").exists()
 
 
+def test_one_adapter_twice_is_refused_with_the_way_to_double_it(tiny, adapter_copy, tmp_path):
+    style = tiny.adapters["style"]
+    for copy, what in ((style, "are the same folder"), (adapter_copy(), "hold the same weights")):
+        for run in (
+            lambda twice: merge_lora_adapters(tiny.base, twice, tmp_path / "out"),
+            lambda twice: flatten_adapters(twice, tmp_path / "out"),
+        ):
+            with pytest.raises(InputError, match=f"{what}.* for a double weight use --weights 2"):
+                run({"one": style, "two": copy})
+    assert not (tmp_path / "out").exists()
+
+
 def test_nan_in_an_adapter_is_refused(tiny, tmp_path, adapter_copy):
     folder = adapter_copy()
     tensors = load_file(folder / "adapter_model.safetensors")
