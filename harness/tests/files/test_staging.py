@@ -412,3 +412,19 @@ def test_what_can_be_no_name_is_refused_before_any_work(tmp_path, check, name, r
     with pytest.raises(InputError, match=reason):
         check(tmp_path / name)
     assert os.listdir(tmp_path) == ["circle"]
+
+
+def test_a_folder_that_cannot_take_its_place_is_said(tmp_path, monkeypatch):
+    import errno
+    from pathlib import Path
+
+    def broken(path, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with (
+        pytest.raises(InputError, match="cannot be written: Input/output error"),
+        staged_folder(tmp_path / "out"),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []
