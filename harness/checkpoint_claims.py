@@ -14,14 +14,15 @@ from harness.errors import InputError, enough, quoted
 from harness.files.config_fields import FieldReader
 from harness.files.tensor_files import same_bytes
 
-__all__ = ["PLAIN_FAMILIES", "check_claims"]
+__all__ = ["FLOAT8", "PLAIN_FAMILIES", "check_claims"]
 
 #: Families whose tensors are called as their modules are, one layer like the next.
 PLAIN_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+#: 8-bit floats, which mean numbers with a scale beside them, or by themselves.
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _AGAIN = "copy the base model again, config and weights from one place"
 _TRUST = "remove it; or pass --trust-remote-code if you trust this folder"
 
@@ -52,7 +53,7 @@ def check_claims(
         if not isinstance(quantised.get("quant_method"), str):
             read.fault("quantization_config", "names no quant_method", _AGAIN)
     else:
-        known = _WEIGHT_DTYPES | _FLOAT8 if plain_float8 else _WEIGHT_DTYPES
+        known = _WEIGHT_DTYPES | FLOAT8 if plain_float8 else _WEIGHT_DTYPES
         _check_dtypes(checkpoint, known, faults)
     if family in PLAIN_FAMILIES and not quantised:
         _check_plain(checkpoint, read, faults)

@@ -6,7 +6,6 @@ be copied. Knows nothing of strategies' arithmetic or of how the output is writt
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from harness.adapter_config import CONFIG_NAME
-from harness.adapter_files import WEIGHTS_NAME, read_adapter
+from harness.adapter_files import WEIGHTS_NAME, AdapterFiles, read_adapter
 from harness.checkpoint_claims import check_claims
 from harness.checkpoint_files import CheckpointFiles, read_checkpoint
 from harness.checkpoint_tokenizer import embedding_rows, has_tokenizer
@@ -147,9 +146,9 @@ def check_inputs(inputs: MergeInputs, *, trust_remote_code: bool) -> list[str]:
             trained on another one, or has no weights for what it targets.
     """
     base, checkpoint, adapters = inputs.base, inputs.checkpoint, inputs.adapters
-    notes = _check_claims(base, adapters, checkpoint)
-    faults: list[InputError] = []
     files = {source.name: source.files for source in inputs.sources}
+    notes = _check_claims(base, adapters, files, checkpoint)
+    faults: list[InputError] = []
     for adapter in adapters:
         check_adapter_covers(adapter, files[adapter.name], checkpoint, base, faults)
     check_base_values(checkpoint, faults)
@@ -174,7 +173,10 @@ def adapter_inputs(adapters: Iterable[Adapter]) -> list[Path]:
 
 
 def _check_claims(
-    base: Base, adapters: Sequence[Adapter], checkpoint: CheckpointFiles
+    base: Base,
+    adapters: Sequence[Adapter],
+    files: Mapping[str, AdapterFiles],
+    checkpoint: CheckpointFiles,
 ) -> list[str]:
     """Hold the bases that the adapters name against the one given.
 
@@ -183,8 +185,7 @@ def _check_claims(
     """
     notes = []
     for source in adapters:
-        raw = json.loads((source.path / CONFIG_NAME).read_text(encoding="utf-8"))
-        claim = raw.get("base_model_name_or_path")
+        claim = files[source.name].config.base
         if not claim:
             continue
         places = [whole_path(claim, root) for root in (source.path, Path.cwd())]

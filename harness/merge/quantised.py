@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.checkpoint_claims import FLOAT8
 from harness.checkpoint_files import CheckpointFiles
 from harness.errors import InputError
 from harness.files.tensor_files import TensorEntry
@@ -24,7 +25,6 @@ __all__ = ["Scale", "is_quantised", "scale_tensors", "scales_of"]
 
 Array = NDArray[Any]
 
-_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _SUFFIXES = ("_scale_inv", "_scale")
 #: Scales of activations: of no use once the weights are plain numbers.
 _ACTIVATIONS = (".input_scale", ".activation_scale")
@@ -111,7 +111,7 @@ def scales_of(checkpoint: CheckpointFiles) -> Mapping[str, Scale]:
 
 
 def _float8(checkpoint: CheckpointFiles) -> list[str]:
-    return [n for n in checkpoint.places if checkpoint.entry(n).dtype in _FLOAT8]
+    return [n for n in checkpoint.places if checkpoint.entry(n).dtype in FLOAT8]
 
 
 def _scale(checkpoint: CheckpointFiles, entry: TensorEntry, scale: TensorEntry) -> Scale:
